@@ -84,7 +84,7 @@ class Row:
     difference: str = ""
     crosses: tuple[str, ...] = ()  # beside the output of the layer before
     hop_bytes: int = 0  # per token, of the model in full width in bfloat16; 0: not known
-    relay_bytes: int = 0  # likewise, of what skips stages
+    shortcut_bytes: int = 0  # likewise, of what skips stages
     worst_ratio: float = 0.0  # of the bytes that a stage reads, without headers, and its own
 
 
@@ -130,7 +130,7 @@ def find_row(model_type: str, dtype: str, config: PreTrainedConfig | None = None
 
     def watch(model: SmallModel, stages: list[Stage]) -> None:
         transmission = stages[0].span.parts.transmission
-        crosses.update((each.name, None) for each in transmission.relays)
+        crosses.update((each.name, None) for each in transmission.shortcuts)
         if any(items is not None and sum(items) > 1 for items in transmission.items):
             crosses["items of tuples"] = None
         if transmission.held:
@@ -164,8 +164,8 @@ def with_hop_bytes(row: Row) -> Row:
         return row
     outputs = parts.layer_outputs[parts.num_layers // 2]
     hop = sum(_token_bytes(each.shape, each.dtype) for each in outputs)
-    relays = sum(each.token_bytes for each in parts.transmission.relays)
-    return dataclasses.replace(row, hop_bytes=hop, relay_bytes=relays)
+    shortcuts = sum(each.token_bytes for each in parts.transmission.shortcuts)
+    return dataclasses.replace(row, hop_bytes=hop, shortcut_bytes=shortcuts)
 
 
 def _token_bytes(shape: tuple[int | str, ...], dtype: str) -> int:

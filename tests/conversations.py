@@ -153,7 +153,7 @@ class Cut:
                 tensors=tensors,
                 layout=layout,
                 shape=shape,
-                relayed={name: made[name] for name in stage.used_relays if name in made},
+                shortcuts={name: made[name] for name in stage.used_shortcuts if name in made},
                 attention_mask=mask,
                 position_ids=positions,
                 logits_to_keep=keep,
@@ -165,7 +165,7 @@ class Cut:
             output = stage.step(inputs, cache)
             tensors, layout = tuple(tensor.clone().cpu() for tensor in output.tensors), output.layout
             shape = output.shape
-            made |= {name: tensor.clone().cpu() for name, tensor in output.relayed.items()}
+            made |= {name: tensor.clone().cpu() for name, tensor in output.shortcuts.items()}
         if not wants_logits:
             assert not tensors
             return torch.empty(0)

@@ -85,7 +85,7 @@ def describe_rows(rows: list[Row]) -> str:
         result,
         "; ".join(first.crosses),
         f"{first.hop_bytes:,}" if first.hop_bytes else "",
-        f"{first.relay_bytes:,}" if first.relay_bytes else "",
+        f"{first.shortcut_bytes:,}" if first.shortcut_bytes else "",
         f"{max(row.worst_ratio for row in rows):.2f}",
     ]
     return "| " + " | ".join(each.replace("|", "/").replace("\n", " ") for each in cells) + " |"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lingualinked.planning.placement.problem import Placement, Problem, Span
-from lingualinked.planning.placement.relays import RelayCosts, Relays
+from lingualinked.planning.placement.shortcuts import ShortcutCosts, Shortcuts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,31 +88,35 @@ def draw_problem(
     )
 
 
-def with_transmission(problem: Problem, seed: int, *, num_relays: int, num_cuts: int, alike: bool = False) -> Problem:
-    """Add relays and forbidden cuts; where links are alike, a relay takes as long over every one."""
+def with_transmission(
+    problem: Problem, seed: int, *, num_shortcuts: int, num_cuts: int, alike: bool = False
+) -> Problem:
+    """Add shortcuts and forbidden cuts; where links are alike, a shortcut takes as long over every one."""
     rng = np.random.default_rng(seed)
     num_devices, num_layers = problem.num_devices, problem.num_layers
     costs = []
-    for index in range(num_relays):
+    for index in range(num_shortcuts):
         made_at = int(rng.integers(0, num_layers)) if index % 3 == 2 else 0
         used_at = np.flatnonzero(rng.random(num_layers + 1) < 0.4)
         used_at = used_at[used_at > made_at] if (used_at > made_at).any() else np.array([num_layers])
         send_s = np.full((num_devices, num_devices), rng.uniform(0, 8))
         send_s = send_s if alike else rng.uniform(0, 8, (num_devices, num_devices))
         costs.append(
-            RelayCosts(
+            ShortcutCosts(
                 made_at=made_at,
                 used_at=tuple(used_at.tolist()),
                 send_s=send_s,
                 is_ids=index == 1 and made_at == 0,
             )
         )
-    relays = Relays(
+    shortcuts = Shortcuts(
         costs=tuple(costs),
         makers={each.made_at: np.ones(num_devices, dtype=bool) for each in costs},
     )
     cuts = rng.choice(np.arange(1, num_layers), min(num_cuts, num_layers - 1), replace=False)
-    return dataclasses.replace(problem, relays=relays if costs else None, forbidden_cuts=tuple(sorted(cuts.tolist())))
+    return dataclasses.replace(
+        problem, shortcuts=shortcuts if costs else None, forbidden_cuts=tuple(sorted(cuts.tolist()))
+    )
 
 
 def sequences(problem: Problem, order: tuple[int, ...] | None = None) -> Iterator[tuple[int, ...]]:
@@ -158,14 +162,14 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
             held[last] += problem.last_bytes - (problem.tied_bytes if first == last else 0)
             if any(held[device] > problem.capacity_bytes[device] for device in seconds):
                 continue
-            relayed = [] if problem.relays is None else _relayed(problem, problem.relays, chosen, bounds)
-            if relayed is None:
+            shortcuts = [] if problem.shortcuts is None else _shortcuts(problem, problem.shortcuts, chosen, bounds)
+            if shortcuts is None:
                 continue
             carried = dict(busy_links)
-            for link, sent_s in relayed:
+            for link, sent_s in shortcuts:
                 carried[link] = carried.get(link, 0.0) + sent_s
             busiest = max(*busy_ends, *carried.values(), *seconds.values())
-            latency = sum(seconds.values()) + hops + sum(sent_s for _, sent_s in relayed)
+            latency = sum(seconds.values()) + hops + sum(sent_s for _, sent_s in shortcuts)
             judged.append(
                 Judged(
                     tuple(Span(device, *bound) for device, bound in zip(chosen, bounds, strict=True)),
@@ -178,15 +182,15 @@ def every_placement(problem: Problem, order: tuple[int, ...] | None = None) -> l
     return judged
 
 
-def _relayed(
-    problem: Problem, relays: Relays, chosen: tuple[int, ...], bounds: list[tuple[int, int]]
+def _shortcuts(
+    problem: Problem, shortcuts: Shortcuts, chosen: tuple[int, ...], bounds: list[tuple[int, int]]
 ) -> list[tuple[tuple[int, int], float]] | None:
-    """List the links that carry relays and for how long; None if ids would leave those who may see them."""
+    """List the links that carry shortcuts and for how long; None if ids would leave those who may see them."""
     lying = {layer: device for device, (start, end) in zip(chosen, bounds, strict=True) for layer in range(start, end)}
     sent = []
     for device, (start, end) in zip(chosen[1:], bounds[1:], strict=True):
         stage = {*range(start, end), *([problem.num_layers] if end == problem.num_layers else [])}
-        wanted = [each for each in relays.costs if each.made_at < start and stage.intersection(each.used_at)]
+        wanted = [each for each in shortcuts.costs if each.made_at < start and stage.intersection(each.used_at)]
         if any(each.is_ids for each in wanted) and not problem.may_be_first[device]:
             return None
         makers = [(each, lying[each.made_at]) for each in wanted]

@@ -14,14 +14,14 @@ from lingualinked.errors import ArgumentError, InfeasiblePlanError
 from lingualinked.quantities import count_text
 
 INPUT_IDS = "input_ids"
-"""Name of the relay of token ids."""
+"""Name of the shortcut of token ids."""
 
 ID_BYTES = 8
 """Bytes of a token id."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Relay:
+class Shortcut:
     """A tensor that later stages use beside the output of the layer before.
 
     Parameters
@@ -52,15 +52,15 @@ class Relay:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ArgumentError("a relay needs a name: input_ids, the path of a part, or 'layer 3'")
+            raise ArgumentError("a shortcut needs a name: input_ids, the path of a part, or 'layer 3'")
         if self.made_at < 0 or not _is_rising(self.used_at) or not self.used_at or self.used_at[0] < self.made_at:
             raise ArgumentError(
-                f"relay {self.name!r} is made at layer {self.made_at} and used at {self.used_at}: "
+                f"shortcut {self.name!r} is made at layer {self.made_at} and used at {self.used_at}: "
                 "give one layer or more, in order, none before it is made"
             )
         for name in ("token_bytes", "part_bytes"):
             if not 0 <= getattr(self, name) <= MOST:
-                raise ArgumentError(f"{name}={getattr(self, name)} of relay {self.name!r} must be from 0 to {MOST}")
+                raise ArgumentError(f"{name}={getattr(self, name)} of shortcut {self.name!r} must be from 0 to {MOST}")
 
     @property
     def is_ids(self) -> bool:
@@ -82,7 +82,7 @@ class Transmission:
 
     Parameters
     ----------
-    relays : tuple of Relay
+    shortcuts : tuple of Shortcut
         What some later layer uses beside the output of the layer before it; names differ.
     items : tuple of (tuple of bool or None)
         For each layer, which items of its output tuple the next layer uses; ``None``: its output is one tensor. Empty: one
@@ -95,45 +95,51 @@ class Transmission:
     Raises
     ------
     ArgumentError
-        If two relays have one name, or a forbidden cut is before layer 1 or out of order.
+        If two shortcuts have one name, or a forbidden cut is before layer 1 or out of order.
     """
 
-    relays: tuple[Relay, ...] = ()
+    shortcuts: tuple[Shortcut, ...] = ()
     items: tuple[tuple[bool, ...] | None, ...] = ()
     forbidden_cuts: tuple[int, ...] = ()
     held: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [each.name for each in self.relays]
+        names = [each.name for each in self.shortcuts]
         if len(set(names)) < len(names):
-            raise ArgumentError(f"relays {names} of a transmission map must have different names")
+            raise ArgumentError(f"shortcuts {names} of a transmission map must have different names")
         if not _is_rising(self.forbidden_cuts) or any(cut < 1 for cut in self.forbidden_cuts):
             raise ArgumentError(
                 f"forbidden_cuts={self.forbidden_cuts} must be layers from 1 on, each once and in order"
             )
 
     def holding(self, parts: Collection[str], num_layers: int) -> Transmission:
-        """Return the map where every stage holds some parts whose outputs were relayed, and gets token ids for that; and no others.
+        """Return the map where every stage holds some parts whose outputs were sent, and gets token ids for that; and no others.
 
         Raises InfeasiblePlanError if stages may not hold one of them.
         """
-        unknown = [part for part in parts if not any(relay.name == part and relay.part_bytes for relay in self.relays)]
+        unknown = [
+            part
+            for part in parts
+            if not any(shortcut.name == part and shortcut.part_bytes for shortcut in self.shortcuts)
+        ]
         if unknown:
             raise InfeasiblePlanError(
                 f"the plan has every stage hold {', '.join(map(repr, unknown))}, which is no part of this model that stages may hold: "
                 "solve for this model"
             )
-        relays = tuple(dataclasses.replace(relay, part_bytes=0) for relay in self.relays if relay.name not in parts)
+        shortcuts = tuple(
+            dataclasses.replace(shortcut, part_bytes=0) for shortcut in self.shortcuts if shortcut.name not in parts
+        )
         if not parts:
-            return dataclasses.replace(self, relays=relays)
-        relays = tuple(relay for relay in relays if not relay.is_ids)
+            return dataclasses.replace(self, shortcuts=shortcuts)
+        shortcuts = tuple(shortcut for shortcut in shortcuts if not shortcut.is_ids)
         everywhere = tuple(range(1, num_layers + 1))
-        ids = Relay(name=INPUT_IDS, made_at=0, used_at=everywhere, token_bytes=ID_BYTES)
-        return dataclasses.replace(self, relays=(ids, *relays), held=(*self.held, *parts))
+        ids = Shortcut(name=INPUT_IDS, made_at=0, used_at=everywhere, token_bytes=ID_BYTES)
+        return dataclasses.replace(self, shortcuts=(ids, *shortcuts), held=(*self.held, *parts))
 
     def bytes_of(self, parts: Collection[str]) -> int:
-        """Return the weight bytes of parts whose outputs are relayed."""
-        return sum(relay.part_bytes for relay in self.relays if relay.name in parts)
+        """Return the weight bytes of parts whose outputs are shortcuts."""
+        return sum(shortcut.part_bytes for shortcut in self.shortcuts if shortcut.name in parts)
 
     def check_cut(self, layer: int) -> None:
         """Raise InfeasiblePlanError if no stage may begin at a layer."""
@@ -152,10 +158,10 @@ class Transmission:
         for layer in self.forbidden_cuts:
             if layer >= num_layers:
                 raise ArgumentError(f"forbidden cut {layer} is not inside a model of {count_text(num_layers, 'layer')}")
-        for relay in self.relays:
-            if relay.made_at >= num_layers or relay.used_at[-1] > num_layers:
+        for shortcut in self.shortcuts:
+            if shortcut.made_at >= num_layers or shortcut.used_at[-1] > num_layers:
                 raise ArgumentError(
-                    f"relay {relay.name!r} is made or used behind the {count_text(num_layers, 'layer')} of the model"
+                    f"shortcut {shortcut.name!r} is made or used behind the {count_text(num_layers, 'layer')} of the model"
                 )
 
 

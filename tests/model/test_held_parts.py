@@ -23,7 +23,7 @@ def test_what_every_stage_holds_is_not_sent(model_type: str, part: str, dtype: s
     config = default_config(model_type)
     small = make_small_model(config, spec_of_config(config, dtype), tmp_path)
     parts = parts_of(small.spec, build_meta(small.spec))
-    sent = next(relay for relay in parts.transmission.relays if relay.name == part)
+    sent = next(shortcut for shortcut in parts.transmission.shortcuts if shortcut.name == part)
     held = parts.holding([part])
     assert sent.part_bytes > 0
     assert held.span_bytes(1, 2) == parts.span_bytes(1, 2) + sent.part_bytes
@@ -34,8 +34,8 @@ def test_what_every_stage_holds_is_not_sent(model_type: str, part: str, dtype: s
         nonlocal num_seen
         for stage in stages[1:]:
             num_seen += 1
-            assert part not in stage.used_relays
-            assert INPUT_IDS in stage.used_relays
+            assert part not in stage.used_shortcuts
+            assert INPUT_IDS in stage.used_shortcuts
             assert stage.weight_bytes == held.span_bytes(stage.start, stage.end)
 
     spec = dataclasses.replace(small.spec, parts=held)

@@ -135,7 +135,7 @@ def test_a_batch_without_a_padding_token_is_refused_as_the_class_does(
 @pytest.mark.parametrize("task", TABLES)
 def test_ids_stay_on_the_first_device(task: str, tmp_path: Path) -> None:
     spec = spec_of(tiny_head("llama", task, tmp_path))
-    assert find_parts(build_meta(spec)).transmission.relays == ()
+    assert find_parts(build_meta(spec)).transmission.shortcuts == ()
 
 
 def test_rows_do_not_touch_each_other(tmp_path: Path, shared_cluster: ll.Cluster) -> None:

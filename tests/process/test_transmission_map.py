@@ -38,8 +38,8 @@ def test_a_part_is_held_or_its_output_is_sent(
     devices = [ll.Device(name=name, threads=1) for name in "ab"]
     with ll.Cluster(devices) as cluster:
         profile = ll.profile_model(tmp_path / "gemma4", cluster, workload=ll.Workload(prompt_tokens=9, new_tokens=6))
-        relayed = {relay.name: relay for relay in profile.model.transmission.relays}
-        assert relayed[PART].part_bytes > 0
+        shortcuts = {shortcut.name: shortcut for shortcut in profile.model.transmission.shortcuts}
+        assert shortcuts[PART].part_bytes > 0
         plan = ll.solve(profile, workload=ll.Workload(prompt_tokens=9, new_tokens=6, num_sessions=num_sessions))
         assert plan.held == (() if num_sessions == 1 else (PART,))
         spans = ll.Plan.from_spans([("a", 0, 1), ("b", 1, plan.num_layers)], profile=plan.profile)

@@ -21,12 +21,12 @@ def parts_to_hold(profile: Profile, workload: Workload) -> tuple[str, ...]:
     if len({each.device.trusted for each in profile.devices}) > 1:
         return ()
     tokens = workload.num_rows * workload.num_tokens
-    relays = profile.model.transmission.relays
-    return tuple(each.name for each in relays if 0 < each.part_bytes < (each.token_bytes - ID_BYTES) * tokens)
+    shortcuts = profile.model.transmission.shortcuts
+    return tuple(each.name for each in shortcuts if 0 < each.part_bytes < (each.token_bytes - ID_BYTES) * tokens)
 
 
 def with_parts_held(profile: Profile, parts: Collection[str]) -> Profile:
-    """Return the profile of a model with every stage holding some parts, whose outputs are not relayed then, and no others."""
+    """Return the profile of a model with every stage holding some parts, whose outputs are not sent then, and no others."""
     model = profile.model
     num_bytes = model.transmission.bytes_of(parts)
     held = dataclasses.replace(

@@ -156,7 +156,7 @@ class Plan(Shown):
         return () if self.profile is None else self.profile.model.transmission.held
 
     def held_instead(self, transmission: Transmission) -> tuple[str, ...]:
-        """Return those of the parts that every stage holds whose outputs a model's own map relays."""
+        """Return those of the parts that every stage holds whose outputs are shortcuts in a model's own map."""
         return tuple(part for part in self.held if part not in transmission.held)
 
     @property

@@ -76,4 +76,7 @@ def check_trust(plan: Plan, devices: Iterable[Device], transmission: Transmissio
 
 
 def _needs_ids(stage: PlannedStage, num_layers: int, transmission: Transmission) -> bool:
-    return any(relay.is_ids and relay.is_sent_to(stage.start, stage.end, num_layers) for relay in transmission.relays)
+    return any(
+        shortcut.is_ids and shortcut.is_sent_to(stage.start, stage.end, num_layers)
+        for shortcut in transmission.shortcuts
+    )

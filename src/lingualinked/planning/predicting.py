@@ -19,7 +19,7 @@ from lingualinked.planning.prediction import (
     DevicePrediction,
     HopPrediction,
     Prediction,
-    RelayPrediction,
+    ShortcutPrediction,
     StagePrediction,
 )
 from lingualinked.planning.prefill_prediction import StageCost, cost_of, predict_prefill
@@ -96,11 +96,11 @@ def _predict(stages: Sequence[PlannedStage], profile: Profile, workload: Workloa
         stages=tuple(predicted),
         hops=hops,
         devices=tuple(devices),
-        relays=tuple(_relays(stages, costs)),
+        shortcuts=tuple(_shortcuts(stages, costs)),
     )
 
 
-def _relays(stages: Sequence[PlannedStage], costs: WorkloadCosts) -> Iterator[RelayPrediction]:
+def _shortcuts(stages: Sequence[PlannedStage], costs: WorkloadCosts) -> Iterator[ShortcutPrediction]:
     """Predict what each stage gets from stages on other devices, other than hidden states."""
     for index, consumed in enumerate(consumed_by(stages, costs.profile.model.transmission)):
         for source in dict.fromkeys(each.source for each in consumed if each.source is not None):
@@ -108,16 +108,16 @@ def _relays(stages: Sequence[PlannedStage], costs: WorkloadCosts) -> Iterator[Re
             names = stages[source].device, stages[index].device
             if names[0] != names[1]:
                 token_bytes = sum(each.token_bytes for each in parts)
-                yield RelayPrediction(
+                yield ShortcutPrediction(
                     stage=index,
                     source=names[0],
                     target=names[1],
                     names=tuple(each.name for each in parts),
                     token_bytes=token_bytes,
                     chunk_transfers_s=tuple(
-                        costs.relay_transfer_s(*names, token_bytes, tokens) for tokens, _ in costs.workload.chunks
+                        costs.shortcut_transfer_s(*names, token_bytes, tokens) for tokens, _ in costs.workload.chunks
                     ),
-                    decode_transfer_s=costs.relay_transfer_s(*names, token_bytes, 1),
+                    decode_transfer_s=costs.shortcut_transfer_s(*names, token_bytes, 1),
                 )
 
 

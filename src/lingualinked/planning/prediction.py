@@ -81,7 +81,7 @@ class HopPrediction:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RelayPrediction:
+class ShortcutPrediction:
     """What a stage gets beside hidden states from one other stage, which the step waits for.
 
     Parameters
@@ -91,7 +91,7 @@ class RelayPrediction:
     source, target : str
         Names of the devices.
     names : tuple of str
-        Names of the relays, as in the transmission map.
+        Names of the shortcuts, as in the transmission map.
     token_bytes : int
         Bytes per row and token, of all of them.
     chunk_transfers_s : tuple of float
@@ -160,7 +160,7 @@ class Prediction(Printed):
         From the caller through the stages and back.
     devices : tuple of DevicePrediction
         Devices in use, each once.
-    relays : tuple of RelayPrediction
+    shortcuts : tuple of ShortcutPrediction
         What skips stages, by the stage that uses it.
     """
 
@@ -168,14 +168,14 @@ class Prediction(Printed):
     stages: tuple[StagePrediction, ...]
     hops: tuple[HopPrediction, ...]
     devices: tuple[DevicePrediction, ...]
-    relays: tuple[RelayPrediction, ...] = ()
+    shortcuts: tuple[ShortcutPrediction, ...] = ()
 
     @property
     def step_s(self) -> float:
         """Seconds of a decode step of one microbatch, from the caller through all stages and back."""
         compute = sum(stage.decode_s for stage in self.stages)
-        relayed = sum(relay.decode_transfer_s for relay in self.relays)
-        return compute + relayed + sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
+        sent = sum(shortcut.decode_transfer_s for shortcut in self.shortcuts)
+        return compute + sent + sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
 
     @property
     def first_token_s(self) -> float:
@@ -204,13 +204,13 @@ class Prediction(Printed):
         halts: list[Halt] = []
         for index, (hop, stage) in enumerate(itertools.zip_longest(self.hops, self.stages)):
             halts.append((hop.chunk_transfers_s, hop.latency_s))
-            halts += [(relay.chunk_transfers_s, 0.0) for relay in self.relays if relay.stage == index]
+            halts += [(shortcut.chunk_transfers_s, 0.0) for shortcut in self.shortcuts if shortcut.stage == index]
             halts += [] if stage is None else [(stage.chunks_s, 0.0)]
         return pass_chunks(halts)
 
     @property
-    def _sendings(self) -> list[HopPrediction | RelayPrediction]:
-        return [*self.hops, *self.relays]
+    def _sendings(self) -> list[HopPrediction | ShortcutPrediction]:
+        return [*self.hops, *self.shortcuts]
 
     @property
     def _num_microbatches(self) -> int:
@@ -314,7 +314,7 @@ class Prediction(Printed):
         """What is predicted, in sentences."""
         workload = self.workload
         hops = sum(hop.latency_s + hop.decode_transfer_s for hop in self.hops)
-        hops += sum(relay.decode_transfer_s for relay in self.relays)
+        hops += sum(shortcut.decode_transfer_s for shortcut in self.shortcuts)
         sessions, rows = count_text(workload.num_sessions, "session"), count_text(workload.batch_size, "row")
         split = "" if self._num_microbatches == 1 else f" in {self._num_microbatches} microbatches"
         size = workload.prefill_chunk_size

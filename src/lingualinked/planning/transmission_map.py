@@ -1,6 +1,6 @@
 """The transmission map of a plan: which tensors each stage consumes, from which stage they come, and how many bytes they are.
 
-Knows plans and what a model relays; no process and no seconds.
+Knows plans and a model's shortcuts; no process and no seconds.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TransmissionMap(Shown):
 def map_transmission(stages: Sequence[PlannedStage], transmission: Transmission, hidden_bytes: int) -> TransmissionMap:
     """Map what each stage of a plan consumes, hidden states of so many bytes per row and token included."""
     mapped = []
-    for index, (stage, relayed) in enumerate(zip(stages, consumed_by(stages, transmission), strict=True)):
+    for index, (stage, shortcuts) in enumerate(zip(stages, consumed_by(stages, transmission), strict=True)):
         first = Consumed(name=INPUT_IDS, source=None, token_bytes=ID_BYTES)
         hidden = Consumed(name=HIDDEN_STATES, source=index - 1, token_bytes=hidden_bytes)
         mapped.append(
@@ -89,7 +89,7 @@ def map_transmission(stages: Sequence[PlannedStage], transmission: Transmission,
                 device=stage.device,
                 start=stage.start,
                 end=stage.end,
-                consumed=(first,) if index == 0 else (hidden, *relayed),
+                consumed=(first,) if index == 0 else (hidden, *shortcuts),
             )
         )
     return TransmissionMap(stages=tuple(mapped), forbidden_cuts=transmission.forbidden_cuts, held=transmission.held)
@@ -101,9 +101,9 @@ def consumed_by(stages: Sequence[PlannedStage], transmission: Transmission) -> l
     found = []
     for stage in stages:
         consumed = [
-            Consumed(name=relay.name, source=_index_of(stages, relay.made_at), token_bytes=relay.token_bytes)
-            for relay in transmission.relays
-            if relay.is_sent_to(stage.start, stage.end, num_layers)
+            Consumed(name=shortcut.name, source=_index_of(stages, shortcut.made_at), token_bytes=shortcut.token_bytes)
+            for shortcut in transmission.shortcuts
+            if shortcut.is_sent_to(stage.start, stage.end, num_layers)
         ]
         found.append(tuple(consumed))
     return found

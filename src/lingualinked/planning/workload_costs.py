@@ -14,7 +14,7 @@ from lingualinked.device import CALLER
 from lingualinked.errors import ArgumentError
 from lingualinked.module_times import ModuleTimes
 from lingualinked.planning.placement.problem import Flags, Floats, Problem
-from lingualinked.planning.placement.relays import RelayCosts, Relays
+from lingualinked.planning.placement.shortcuts import ShortcutCosts, Shortcuts
 from lingualinked.profile import DeviceProfile, ModelProfile, Profile
 from lingualinked.transmission import ID_BYTES
 from lingualinked.workload import Workload
@@ -142,40 +142,40 @@ class WorkloadCosts:
             num_front=min(max(1, front), model.num_layers),
             num_back=min(max(1, back), model.num_layers),
             forbidden_cuts=model.transmission.forbidden_cuts,
-            relays=self._relays(trusted),
+            shortcuts=self._shortcuts(trusted),
         )
         _check_magnitude(problem)
         return problem
 
-    def relay_transfer_s(self, source: str, target: str, token_bytes: int, tokens: int) -> float:
+    def shortcut_transfer_s(self, source: str, target: str, token_bytes: int, tokens: int) -> float:
         """Seconds in which a tensor of so many bytes per row and token, in a step, keeps a link busy."""
         return self.profile.link(source, target).transfer_s(self.workload.step_rows * tokens * token_bytes)
 
-    def _relays(self, trusted: Flags) -> Relays | None:
+    def _shortcuts(self, trusted: Flags) -> Shortcuts | None:
         """Return what tensors that skip stages cost; ``None`` if there are none."""
-        relays = self.profile.model.transmission.relays
-        if not relays:
+        shortcuts = self.profile.model.transmission.shortcuts
+        if not shortcuts:
             return None
         costs = tuple(
-            RelayCosts(
-                made_at=relay.made_at,
-                used_at=relay.used_at,
-                send_s=self._relay_s(relay.token_bytes),
-                is_ids=relay.is_ids,
+            ShortcutCosts(
+                made_at=shortcut.made_at,
+                used_at=shortcut.used_at,
+                send_s=self._shortcut_s(shortcut.token_bytes),
+                is_ids=shortcut.is_ids,
             )
-            for relay in relays
+            for shortcut in shortcuts
         )
         anywhere = np.ones(len(trusted), dtype=bool)
-        makers = {relay.made_at: trusted if relay.made_at == 0 else anywhere for relay in relays}
-        return Relays(costs=costs, makers=makers)
+        makers = {shortcut.made_at: trusted if shortcut.made_at == 0 else anywhere for shortcut in shortcuts}
+        return Shortcuts(costs=costs, makers=makers)
 
-    def _relay_s(self, token_bytes: int) -> Floats:
+    def _shortcut_s(self, token_bytes: int) -> Floats:
         """Return the seconds of a mean step in which each link carries a tensor, float64 ``[D, D]``."""
 
         def seconds(source: str, target: str) -> float:
-            sent = [self.relay_transfer_s(source, target, token_bytes, tokens) for tokens, _ in self.workload.chunks]
+            sent = [self.shortcut_transfer_s(source, target, token_bytes, tokens) for tokens, _ in self.workload.chunks]
             prefill = min(sent[0], sent[-1]) if self.num_overlapping > 1 else sum(sent)
-            return self.mean(prefill, self.relay_transfer_s(source, target, token_bytes, 1))
+            return self.mean(prefill, self.shortcut_transfer_s(source, target, token_bytes, 1))
 
         names = self.profile.names
         return np.array([[0.0 if a == b else seconds(a, b) for b in names] for a in names])

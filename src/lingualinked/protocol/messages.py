@@ -34,7 +34,7 @@ from lingualinked.protocol.moving import (
 from lingualinked.protocol.packed import PackedDone, PackedFailed, PackedStep
 from lingualinked.protocol.reading import ReadTensor, TensorRead
 from lingualinked.protocol.running import BeginRun, EndRun, TokensChosen
-from lingualinked.protocol.steps import EndSession, Relayed, Step, StepDone, StepGroup, StepRecorded
+from lingualinked.protocol.steps import EndSession, ShortcutTensors, Step, StepDone, StepGroup, StepRecorded
 from lingualinked.protocol.weights import (
     FetchPart,
     FilePart,
@@ -64,12 +64,12 @@ class WeightHolder(Message, frozen=True):
     lends: bool
 
 
-class RelayTarget(msgspec.Struct, frozen=True):
-    """A later stage of a plan, the worker that runs it, and the relays that a stage makes for it."""
+class ShortcutTarget(msgspec.Struct, frozen=True):
+    """A later stage of a plan, the worker that runs it, and the shortcuts that a stage makes for it."""
 
     stage: Positive
     name: str
-    relays: tuple[str, ...]
+    shortcuts: tuple[str, ...]
 
 
 class LoadStage(Message, frozen=True, tag=1):
@@ -79,8 +79,8 @@ class LoadStage(Message, frozen=True, tag=1):
     hold ``max_kv_tokens`` rows x tokens of KV. The stage shares layers that stages of other versions hold on this worker.
     If the checkpoint's files can't be read here, or have changed, the other weights are fetched from their ``holders``;
     without holders, loading fails. A worker that does not read the caller's files has copies of its own, or fetches what it
-    lacks from the ``supplies``. The stage sends what it makes for later ones to its ``relay_targets``, and runs a step once each
-    of the ``relay_sources``, stages and their workers, has sent it what they make (`Relayed`).
+    lacks from the ``supplies``. The stage sends what it makes for later ones to its ``shortcut_targets``, and runs a step once each
+    of the ``shortcut_sources``, stages and their workers, has sent it what they make (`ShortcutTensors`).
     """
 
     request: int
@@ -96,8 +96,8 @@ class LoadStage(Message, frozen=True, tag=1):
     num_stages: Positive
     holders: tuple[WeightHolder, ...]
     supplies: tuple[WeightSupply, ...]
-    relay_targets: tuple[RelayTarget, ...] = ()
-    relay_sources: tuple[tuple[Natural, str], ...] = ()
+    shortcut_targets: tuple[ShortcutTarget, ...] = ()
+    shortcut_sources: tuple[tuple[Natural, str], ...] = ()
 
 
 class UnloadModel(Message, frozen=True, tag=2):
@@ -240,7 +240,7 @@ PeerMessage = (
     | StepGroup
     | PackedStep
     | EndSession
-    | Relayed
+    | ShortcutTensors
     | Ping
     | Pong
     | KVChunk

@@ -75,7 +75,7 @@ TO_WORKER: Mapping[type[Message], Role] = {
     steps.StepGroup: Role.PREVIOUS,
     packed.PackedStep: Role.PREVIOUS,
     steps.EndSession: Role.PREVIOUS,
-    steps.Relayed: Role.EARLIER,
+    steps.ShortcutTensors: Role.EARLIER,
     hooking.HookAnswered: Role.CALLER,
     running.BeginRun: Role.CALLER,
     running.EndRun: Role.CALLER,

@@ -153,10 +153,10 @@ class StepGroup(Message, frozen=True, tag=38):
     steps: Annotated[tuple[Step, ...], msgspec.Meta(min_length=1, max_length=MOST_TOGETHER)]
 
 
-class Relayed(Message, frozen=True, tag=87):
+class ShortcutTensors(Message, frozen=True, tag=87):
     """What stage ``source`` has made in a step for the later stage ``stage``, sent straight there.
 
-    Its tensors are the relays ``names``, in order (`lingualinked.transmission`). The later stage runs the step once each of
+    Its tensors are the shortcuts ``names``, in order (`lingualinked.transmission`). The later stage runs the step once each of
     its sources has sent this message, even if some had nothing to send.
     """
 

@@ -61,7 +61,7 @@ from lingualinked.protocol.moving import (
 from lingualinked.protocol.packed import PackedStep
 from lingualinked.protocol.reading import ReadTensor
 from lingualinked.protocol.running import BeginRun, EndRun, RunMessage
-from lingualinked.protocol.steps import EndSession, Relayed, Step
+from lingualinked.protocol.steps import EndSession, ShortcutTensors, Step
 from lingualinked.protocol.weights import FindFiles, ShareFiles, WeightMessage
 from lingualinked.transport.keys.keys import KeyPair
 from lingualinked.transport.mailbox import Mailbox
@@ -179,7 +179,7 @@ class Worker:
         if isinstance(message, MovingMessage):
             self._handle_moving(message, delivery)
             return
-        if isinstance(message, PackedStep | HookAnswered | EndSession | Relayed | RunMessage | BackwardMessage):
+        if isinstance(message, PackedStep | HookAnswered | EndSession | ShortcutTensors | RunMessage | BackwardMessage):
             self._handle_step(message, delivery)
             return
         if isinstance(message, WeightMessage):
@@ -229,7 +229,7 @@ class Worker:
 
     def _handle_step(
         self,
-        message: PackedStep | HookAnswered | EndSession | Relayed | RunMessage | BackwardMessage,
+        message: PackedStep | HookAnswered | EndSession | ShortcutTensors | RunMessage | BackwardMessage,
         delivery: Delivery,
     ) -> None:
         match message:
@@ -239,8 +239,8 @@ class Worker:
                 self._steps.resume_step(message, delivery.tensors)
             case EndSession():
                 self._end_session(message)
-            case Relayed():
-                self._early.receive_relayed(message, delivery.tensors)
+            case ShortcutTensors():
+                self._early.receive_shortcuts(message, delivery.tensors)
             case BeginRun() | EndRun():
                 self._steps.handle_run(message, delivery.tensors)
             case RunBackward():

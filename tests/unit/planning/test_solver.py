@@ -319,7 +319,7 @@ def fewer_devices(problem: Problem, count: int) -> Problem:
         value = getattr(problem, field.name)
         if field.name in ("hop_s", "busy_s"):
             changes[field.name] = value[:count, :count]
-        elif field.name not in ("layer_bytes", "forbidden_cuts", "relays") and not isinstance(value, int | float):
+        elif field.name not in ("layer_bytes", "forbidden_cuts", "shortcuts") and not isinstance(value, int | float):
             changes[field.name] = value[:count]
     return dataclasses.replace(problem, **changes)
 

@@ -14,30 +14,30 @@ from lingualinked.planning.plan_checks import check_trust
 from lingualinked.planning.planner import baseline, solve
 from lingualinked.planning.simulation.simulate import pipeline_times
 from lingualinked.profile import Profile
-from lingualinked.transmission import Relay, Transmission
+from lingualinked.transmission import Shortcut, Transmission
 from profiles import MIB, profile
 
 WORKLOAD = ll.Workload(prompt_tokens=64, new_tokens=64)
-PART = Relay(name="model.embed", made_at=0, used_at=(4, 9), token_bytes=4096, part_bytes=MIB)
-SMALL = Relay(name="model.norm", made_at=0, used_at=(3, 7, 12), token_bytes=8192, part_bytes=1000)
-IDS = Relay(name="input_ids", made_at=0, used_at=(5,), token_bytes=8)
-SKIP = Relay(name="layer 2", made_at=2, used_at=(6, 12), token_bytes=2048)
+PART = Shortcut(name="model.embed", made_at=0, used_at=(4, 9), token_bytes=4096, part_bytes=MIB)
+SMALL = Shortcut(name="model.norm", made_at=0, used_at=(3, 7, 12), token_bytes=8192, part_bytes=1000)
+IDS = Shortcut(name="input_ids", made_at=0, used_at=(5,), token_bytes=8)
+SKIP = Shortcut(name="layer 2", made_at=2, used_at=(6, 12), token_bytes=2048)
 
 
 def devices(*slowdowns: float, **fields: Any) -> list[Device]:
     return [ll.Device(name=f"d{index}", slowdown=each, **fields) for index, each in enumerate(slowdowns)]
 
 
-def relaying(made: Profile, *relays: Relay, cuts: tuple[int, ...] = (), everywhere: int = 0) -> Profile:
-    transmission = Transmission(relays=relays, forbidden_cuts=cuts)
-    prologue = made.model.prologue_bytes + sum(relay.part_bytes for relay in relays)
+def with_shortcuts(made: Profile, *shortcuts: Shortcut, cuts: tuple[int, ...] = (), everywhere: int = 0) -> Profile:
+    transmission = Transmission(shortcuts=shortcuts, forbidden_cuts=cuts)
+    prologue = made.model.prologue_bytes + sum(shortcut.part_bytes for shortcut in shortcuts)
     fields = {"transmission": transmission, "everywhere_bytes": everywhere, "prologue_bytes": prologue}
     model = dataclasses.replace(made.model, **fields)
     return dataclasses.replace(made, model=model)
 
 
-def three(*relays: Relay, **fields: Any) -> ll.Plan:
-    made = relaying(profile(*devices(1, 1, 1, bandwidth="100Mbit/s"), num_layers=12), *relays, **fields)
+def three(*shortcuts: Shortcut, **fields: Any) -> ll.Plan:
+    made = with_shortcuts(profile(*devices(1, 1, 1, bandwidth="100Mbit/s"), num_layers=12), *shortcuts, **fields)
     return ll.Plan.from_spans([("d0", 0, 4), ("d1", 4, 8), ("d2", 8, 12)], profile=made, workload=WORKLOAD)
 
 
@@ -55,11 +55,14 @@ def test_each_stage_says_what_it_consumes_and_from_where() -> None:
     assert "<table" in mapped._repr_html_()
 
 
-def test_a_relay_occupies_the_link_from_its_maker_to_its_user() -> None:
+def test_a_shortcut_occupies_the_link_from_its_maker_to_its_user() -> None:
     plain, predicted = three().predicted, three(PART).predicted
-    assert [(each.source, each.target, each.stage) for each in predicted.relays] == [("d0", "d1", 1), ("d0", "d2", 2)]
+    assert [(each.source, each.target, each.stage) for each in predicted.shortcuts] == [
+        ("d0", "d1", 1),
+        ("d0", "d2", 2),
+    ]
     one_token_s = 4096 * 8 / 100e6
-    assert predicted.relays[0].decode_transfer_s == pytest.approx(one_token_s)
+    assert predicted.shortcuts[0].decode_transfer_s == pytest.approx(one_token_s)
     assert predicted.step_s == pytest.approx(plain.step_s + 2 * one_token_s)
     assert predicted.first_token_s == pytest.approx(plain.first_token_s + 2 * 64 * one_token_s)
     times = pipeline_times(predicted)
@@ -71,7 +74,7 @@ def test_a_relay_occupies_the_link_from_its_maker_to_its_user() -> None:
 @given(
     slowdowns=st.lists(st.sampled_from([1.0, 1.5, 3.0]), min_size=1, max_size=4),
     rate=st.sampled_from(["20Mbit/s", "1Gbit/s"]),
-    relays=st.sets(st.sampled_from([PART, SMALL, IDS, SKIP])),
+    shortcuts=st.sets(st.sampled_from([PART, SMALL, IDS, SKIP])),
     cuts=st.sets(st.integers(1, 11), max_size=4),
     objective=st.sampled_from(["throughput", "latency"]),
     num_sessions=st.sampled_from([1, 8]),
@@ -82,7 +85,7 @@ def test_a_relay_occupies_the_link_from_its_maker_to_its_user() -> None:
 def test_what_the_solver_promises_is_what_is_predicted(
     slowdowns: list[float],
     rate: str,
-    relays: set[Relay],
+    shortcuts: set[Shortcut],
     cuts: set[int],
     objective: Any,
     num_sessions: int,
@@ -93,8 +96,8 @@ def test_what_the_solver_promises_is_what_is_predicted(
         dataclasses.replace(device, trusted=index < num_trusted, bandwidth=rate if index % 2 else None, memory=memory)
         for index, device in enumerate(devices(*slowdowns))
     ]
-    given_profile = relaying(
-        profile(*made, num_layers=12), *sorted(relays, key=str), cuts=tuple(sorted(cuts)), everywhere=100
+    given_profile = with_shortcuts(
+        profile(*made, num_layers=12), *sorted(shortcuts, key=str), cuts=tuple(sorted(cuts)), everywhere=100
     )
     workload = dataclasses.replace(WORKLOAD, num_sessions=num_sessions)
     try:
@@ -114,7 +117,7 @@ def test_what_the_solver_promises_is_what_is_predicted(
 
 
 def test_a_part_is_held_where_that_takes_fewer_bytes_than_to_send_its_output() -> None:
-    made = relaying(profile(*devices(1, 1, 1), num_layers=12), PART, SMALL)
+    made = with_shortcuts(profile(*devices(1, 1, 1), num_layers=12), PART, SMALL)
     plan = solve(made, workload=WORKLOAD, num_sessions=32)  # in all, 128 tokens
     assert plan.held == ("model.norm",)
     many = solve(made, workload=ll.Workload(num_sessions=200))
@@ -132,7 +135,7 @@ def test_where_a_part_does_not_fit_everywhere_its_output_is_sent() -> None:
     for memory, held in (("66MiB", ("model.embed",)), ("30MiB", ())):
         made = profile(ll.Device(name="a", memory="66MiB"), ll.Device(name="b", memory=memory), num_layers=20)
         layers = {"layer_weight_bytes": (MIB,) * 20, "prologue_bytes": MIB, "tied_bytes": 0}
-        made = relaying(dataclasses.replace(made, model=dataclasses.replace(made.model, **layers)), large)
+        made = with_shortcuts(dataclasses.replace(made, model=dataclasses.replace(made.model, **layers)), large)
         plan = solve(made, workload=WORKLOAD)
         assert plan.held == held
         assert len(plan.stages) == 2
@@ -142,21 +145,23 @@ def test_ids_stay_on_trusted_devices_and_outputs_of_parts_need_not() -> None:
     mine = [ll.Device(name=name, trusted=True) for name in ("mine", "my other")]
     made = profile(*mine, ll.Device(name="theirs"), num_layers=12)
     workload = ll.Workload(num_sessions=200)
-    sent = solve(relaying(made, PART), workload=workload)
+    sent = solve(with_shortcuts(made, PART), workload=workload)
     assert not sent.held
     assert any(stage.device == "theirs" for stage in sent.stages)
-    needed = solve(relaying(made, IDS), workload=workload)
+    needed = solve(with_shortcuts(made, IDS), workload=workload)
     assert all(stage.device != "theirs" for stage in needed.stages if stage.start <= 5 < stage.end)
     spans = [("mine", 0, 4), ("theirs", 4, 8), ("my other", 8, 12)]
-    plan = ll.Plan.from_spans(spans, profile=relaying(made, IDS))
+    plan = ll.Plan.from_spans(spans, profile=with_shortcuts(made, IDS))
     with pytest.raises(ll.InfeasiblePlanError, match=r"layers \[4, 8\) on device 'theirs', which is not trusted"):
         check_trust(plan, [each.device for each in made.devices], plan.measured.model.transmission)
-    check_trust(ll.Plan.from_spans(spans), [each.device for each in made.devices], Transmission(relays=(PART,)))
+    check_trust(ll.Plan.from_spans(spans), [each.device for each in made.devices], Transmission(shortcuts=(PART,)))
 
 
 @pytest.mark.parametrize("kind", ["even", "by_memory", "sum_objective"])
 def test_baselines_keep_to_forbidden_cuts(kind: str) -> None:
-    plan = baseline(relaying(profile(*devices(1, 1, 1), num_layers=12), cuts=(3, 4, 5, 8)), kind, workload=WORKLOAD)
+    plan = baseline(
+        with_shortcuts(profile(*devices(1, 1, 1), num_layers=12), cuts=(3, 4, 5, 8)), kind, workload=WORKLOAD
+    )
     assert not {stage.start for stage in plan.stages} & {3, 4, 5, 8}
 
 
@@ -164,6 +169,6 @@ def test_a_forbidden_cut_and_an_unknown_part_are_refused_by_name() -> None:
     with pytest.raises(ll.InfeasiblePlanError, match="begins a stage at layer 4, which must lie in the same stage as"):
         three(cuts=(4,))
     with pytest.raises(ll.InfeasiblePlanError, match=r"3 stages for a model whose layers .* at most 2 stages"):
-        baseline(relaying(profile(*devices(1, 1, 1), num_layers=3), cuts=(2,)), "even")
+        baseline(with_shortcuts(profile(*devices(1, 1, 1), num_layers=3), cuts=(2,)), "even")
     with pytest.raises(ll.InfeasiblePlanError, match=r"hold 'model\.lost', which is no part"):
-        Transmission(relays=(PART,)).holding(("model.lost",), 12)
+        Transmission(shortcuts=(PART,)).holding(("model.lost",), 12)

@@ -14,7 +14,7 @@ from lingualinked.cluster.plans.route import Route
 from lingualinked.cluster.weights.file_supplies import FileLoad, arrange_supplies
 from lingualinked.device import CALLER
 from lingualinked.model.spec import ModelSpec
-from lingualinked.protocol.messages import LoadStage, RelayTarget, WeightHolder
+from lingualinked.protocol.messages import LoadStage, ShortcutTarget, WeightHolder
 
 
 def request_stages(
@@ -58,11 +58,11 @@ def request_stages(
             num_stages=len(route.plan.stages),
             holders=() if held is None else tuple(_holders(engine, model, held, stage.device)),
             supplies=supplies.of_load.get(load.number, ()),
-            relay_targets=_relay_targets(spec, route, index),
-            relay_sources=tuple(
+            shortcut_targets=_shortcut_targets(spec, route, index),
+            shortcut_sources=tuple(
                 (source, route.stage_devices[source])
                 for source in range(index)
-                if any(target.stage == index for target in _relay_targets(spec, route, source))
+                if any(target.stage == index for target in _shortcut_targets(spec, route, source))
             ),
         )
         progress = None if on_progress is None else functools.partial(on_progress, stage.device)
@@ -75,19 +75,19 @@ def request_stages(
     return futures
 
 
-def _relay_targets(spec: ModelSpec, route: Route, index: int) -> tuple[RelayTarget, ...]:
+def _shortcut_targets(spec: ModelSpec, route: Route, index: int) -> tuple[ShortcutTarget, ...]:
     """Return the later stages that use what a stage makes."""
     stages = route.plan.stages
     made = range(stages[index].start, stages[index].end)
     found = []
     for later in range(index + 1, len(stages)):
         start, end = stages[later].start, stages[later].end
-        relays = () if spec.parts is None else spec.parts.transmission.relays
+        shortcuts = () if spec.parts is None else spec.parts.transmission.shortcuts
         names = tuple(
-            each.name for each in relays if each.made_at in made and each.is_sent_to(start, end, stages[-1].end)
+            each.name for each in shortcuts if each.made_at in made and each.is_sent_to(start, end, stages[-1].end)
         )
         if names:
-            found.append(RelayTarget(stage=later, name=stages[later].device, relays=names))
+            found.append(ShortcutTarget(stage=later, name=stages[later].device, shortcuts=names))
     return tuple(found)
 
 

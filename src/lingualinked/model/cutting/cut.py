@@ -36,7 +36,7 @@ class Boundary:
         self.incoming: RawOutput | None = None  # of the last layer before the span, on the previous stage
         self.outgoing: RawOutput | None = None  # of the last layer of the span
         self.leaving: torch.Tensor | None = None  # what the first layer after the span was called with
-        self.relayed: Mapping[str, torch.Tensor] = {}  # what other stages have made, by the name of the relay
+        self.shortcuts: Mapping[str, torch.Tensor] = {}  # what other stages have made, by the name of the shortcut
         self.shape = (1, 1)  # rows and new tokens of the step
         self.device = torch.device("cpu")
         self.keeps_own = False  # whether the model keeps an object of its own class, that layers get and return
@@ -59,7 +59,7 @@ class Boundary:
     def clear(self) -> None:
         """Drop all tensors, so that they can be freed between steps."""
         self.incoming = self.outgoing = self.leaving = None
-        self.relayed = {}
+        self.shortcuts = {}
         self.is_passed = self.is_end = False
 
 
@@ -103,19 +103,19 @@ def describe_module(module: nn.Module) -> Any:
 
 
 class ReplayLayer(StandIn):
-    """Replaces a layer before the span: returns the complete output of the previous stage's last layer, or its own relayed one."""
+    """Replaces a layer before the span: returns what the previous stage's last layer has, or its own output if that is a shortcut."""
 
     def __init__(self, boundary: Boundary, original: nn.Module | None = None, index: int = -1) -> None:
         super().__init__(original)
         self.boundary = boundary
-        self._relay = f"layer {index}"
+        self._name = f"layer {index}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Ignore the input, which is a dummy, and return the incoming output."""
-        relayed, incoming = self.boundary.relayed.get(self._relay), self.boundary.incoming
-        if relayed is None:
+        shortcut, incoming = self.boundary.shortcuts.get(self._name), self.boundary.incoming
+        if shortcut is None:
             return self.boundary.filled(incoming, (*args, *kwargs.values()))
-        return (relayed, *incoming[1:]) if isinstance(incoming, tuple) else relayed
+        return (shortcut, *incoming[1:]) if isinstance(incoming, tuple) else shortcut
 
 
 class ExitLayer(StandIn):
@@ -176,9 +176,9 @@ class AbsentPart(AbsentModule):
 
     def forward(self, *args: Any, **_kwargs: Any) -> torch.Tensor:
         """Return what the first stage has made, or zeros of the shape that the part would return."""
-        relayed = self.boundary.relayed.get(self._output.path)
-        if relayed is not None:
-            return relayed
+        shortcut = self.boundary.shortcuts.get(self._output.path)
+        if shortcut is not None:
+            return shortcut
         sizes = self._output.sizes(*self.boundary.shape)
         if (
             "tokens" not in self._output.shape and args and isinstance(args[0], torch.Tensor)

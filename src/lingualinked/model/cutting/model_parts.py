@@ -67,7 +67,7 @@ class ModelParts:
         return self.weights.of_span(start, end)
 
     def holding(self, parts: Collection[str]) -> ModelParts:
-        """Return the parts of the model with every stage holding some, whose outputs are not relayed then, and no others."""
+        """Return the parts of the model with every stage holding some, whose outputs are not sent then, and no others."""
         num_bytes = self.transmission.bytes_of(parts)
         weights = self.weights
         return dataclasses.replace(
@@ -80,9 +80,13 @@ class ModelParts:
             transmission=self.transmission.holding(parts, self.num_layers),
         )
 
-    def relayed_to(self, start: int, end: int) -> tuple[str, ...]:
-        """Return the names of the relays that a stage of layers ``[start, end)`` receives."""
-        return tuple(relay.name for relay in self.transmission.relays if relay.is_sent_to(start, end, self.num_layers))
+    def shortcuts_to(self, start: int, end: int) -> tuple[str, ...]:
+        """Return the names of the shortcuts that a stage of layers ``[start, end)`` receives."""
+        return tuple(
+            shortcut.name
+            for shortcut in self.transmission.shortcuts
+            if shortcut.is_sent_to(start, end, self.num_layers)
+        )
 
     def needs(self, name: str, start: int, end: int) -> bool:
         """Return whether a stage of layers ``[start, end)`` may need a parameter, of its layers or of the ends of the model."""

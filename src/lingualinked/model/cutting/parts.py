@@ -23,7 +23,7 @@ from lingualinked.model.cutting.stacks import find_stack_layers, stack_class
 from lingualinked.model.cutting.trace import NUM_ROWS, NUM_TOKENS, Flow, trace
 from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
-from lingualinked.transmission import INPUT_IDS, Relay, Transmission
+from lingualinked.transmission import INPUT_IDS, Shortcut, Transmission
 from lingualinked.weight_bytes import WeightBytes
 
 if TYPE_CHECKING:
@@ -173,18 +173,18 @@ def _transmission_of(
     for part in held:  # every stage calls it, with what it is called with in the first one
         for mark in flow.inputs_of.get(part, ()):
             used.setdefault(mark, set()).update(everywhere)
-    relays, forbidden = [], set(forbidden_cuts)
+    shortcuts, forbidden = [], set(forbidden_cuts)
     for (kind, source), layers in sorted(used.items(), key=str):
         if kind == "ids":
-            relays.append(Relay(name=INPUT_IDS, made_at=0, used_at=tuple(sorted(layers)), token_bytes=8))
+            shortcuts.append(Shortcut(name=INPUT_IDS, made_at=0, used_at=tuple(sorted(layers)), token_bytes=8))
         elif kind == "part" and source in prologue:
             output = flow.outputs.get(str(source))
             if output is None:  # several tensors, which must not leave their stage
                 forbidden |= set(range(1, max(layers)))
                 continue
             weights = _num_bytes(_all_tensors(prologue[str(source)]).values())
-            relays.append(
-                Relay(
+            shortcuts.append(
+                Shortcut(
                     name=str(source),
                     made_at=0,
                     used_at=tuple(sorted(layers)),
@@ -194,8 +194,8 @@ def _transmission_of(
             )
         elif kind == "layer":
             output = flow.layers[int(source)][0]
-            relays.append(
-                Relay(
+            shortcuts.append(
+                Shortcut(
                     name=f"layer {source}",
                     made_at=int(source),
                     used_at=tuple(sorted(layers)),
@@ -205,7 +205,7 @@ def _transmission_of(
         elif kind == "inside":
             forbidden |= set(range(int(source) + 1, min(max(layers) + 1, len(flow.items))))
     return Transmission(
-        relays=tuple(relays),
+        shortcuts=tuple(shortcuts),
         items=tuple(used for _, used in sorted(flow.items.items())),
         forbidden_cuts=tuple(sorted(forbidden)),
         held=held,

@@ -27,7 +27,7 @@ def why_not_packed(model: PreTrainedModel, parts: ModelParts) -> str:
     What a class does beyond that in its attention shows in the first pass, which is then refused.
     """
     name = type(model).__name__
-    if parts.transmission.relays or any(used and sum(used) > 1 for used in parts.transmission.items):
+    if parts.transmission.shortcuts or any(used and sum(used) > 1 for used in parts.transmission.items):
         return f"layers of {name} use more than the hidden states of the layer before"
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers} - {
         DynamicLayer,

@@ -85,13 +85,13 @@ class InStages:
                 tensors=tensors,
                 layout=layout,
                 shape=shape,
-                relayed={name: made[name] for name in stage.used_relays if name in made},
+                shortcuts={name: made[name] for name in stage.used_shortcuts if name in made},
                 attention_mask=mask,
                 position_ids=positions_of(mask)[:, past:] if self._has_positions else None,
             )
             output = stage.step(inputs, cache)
             tensors, layout, shape = tuple(each.clone() for each in output.tensors), output.layout, output.shape
-            made |= {name: each.clone() for name, each in output.relayed.items()}
+            made |= {name: each.clone() for name, each in output.shortcuts.items()}
         self._num_seen = tokens.shape[1]
         return tensors[0]
 

@@ -27,7 +27,7 @@ def draw_inputs(parts: ModelParts, start: int, end: int) -> StageInputs:
         layout=parts.transmission.items[start - 1] if start else None,
         attention_mask=None,
         position_ids=None,
-        relayed=draw_relayed(parts, start, end, 1, 1, generator),
+        shortcuts=draw_shortcuts(parts, start, end, 1, 1, generator),
     )
 
 
@@ -38,7 +38,7 @@ def draw_states(
     return tuple(_draw(each, num_rows, num_new, generator) for each in parts.layer_outputs[start - 1])
 
 
-def draw_relayed(
+def draw_shortcuts(
     parts: ModelParts, start: int, end: int, num_rows: int, num_new: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Draw what earlier stages make for the one of layers ``[start, end)``; token ids are zeros."""
@@ -47,7 +47,7 @@ def draw_relayed(
         name: torch.zeros((num_rows, num_new), dtype=torch.int64)
         if name == INPUT_IDS
         else _draw(shapes[name], num_rows, num_new, generator)
-        for name in parts.relayed_to(start, end)
+        for name in parts.shortcuts_to(start, end)
     }
 
 

@@ -40,7 +40,7 @@ from lingualinked.model.stages.layer_order import LayerList, SpanOrder
 from lingualinked.model.stages.module_state import ModuleState
 from lingualinked.model.stages.pictures import StagePictures
 from lingualinked.model.stages.recorded_values import values_of_span
-from lingualinked.model.stages.relays import StageRelays
+from lingualinked.model.stages.shortcuts import StageShortcuts
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput, check_indices, decode_inputs
 from lingualinked.model.stages.step_graphs import CudaRecorder, DecodeInputs, StepGraphs
 from lingualinked.model.weights.span_loading import LoadedSpan, load_span
@@ -79,8 +79,8 @@ class Stage:
             speed_up(self._model, layers, self.adapters.layers)
         self._layers = LayerList(layers)
         self._model.set_submodule(span.parts.layers, self._layers)
-        self._relays = StageRelays(self._model, self._layers, span.parts, start, end)
-        self.used_relays = span.parts.relayed_to(start, end)
+        self._shortcuts = StageShortcuts(self._model, self._layers, span.parts, start, end)
+        self.used_shortcuts = span.parts.shortcuts_to(start, end)
         self._items = span.parts.transmission.items
         self.layout_before = self._items[start - 1] if start else None  # of its inputs
         self._pictures = StagePictures(self._model, span.parts.layers, end)
@@ -188,7 +188,7 @@ class Stage:
             cache.check_room(num_new)
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
         graph = decode = None
-        keeps_state = bool(self._ropes or self.module_state or self._relays.cross)
+        keeps_state = bool(self._ropes or self.module_state or self._shortcuts.cross)
         if cache is not None and not keeps_state and not self.adapters and self.graphs.serve(cache):
             decode = decode_inputs(inputs, cache)
         if decode is not None and cache is not None:
@@ -239,7 +239,7 @@ class Stage:
         # 1) put the inputs where the model's forward, or its stand-ins, expect them
         tensors = tuple(tensor.to(self.device) for tensor in inputs.tensors)
         if inputs.graph is not None:
-            if self._relays.cross or len(tensors) > 1:
+            if self._shortcuts.cross or len(tensors) > 1:
                 raise UnsupportedOperationError(
                     f"gradients are not supported for {type(self._model).__name__}, whose layers use more than the hidden "
                     "states of the layer before: call the model under torch.no_grad()"
@@ -254,8 +254,8 @@ class Stage:
             arguments["position_ids"] = self._to_device(inputs.position_ids)
         num_rows, num_new = self._boundary.shape = self.step_shape(states, inputs.shape)
         self._boundary.device = self.device
-        self._boundary.relayed = relayed = {name: each.to(self.device) for name, each in inputs.relayed.items()}
-        arguments |= self._relays.text_arguments(states, self._boundary.shape, relayed)
+        self._boundary.shortcuts = shortcuts = {name: each.to(self.device) for name, each in inputs.shortcuts.items()}
+        arguments |= self._shortcuts.text_arguments(states, self._boundary.shape, shortcuts)
         if not self.is_first:
             self._boundary.incoming = unflatten_output(tensors, inputs.layout)
         if self.is_last:
@@ -269,8 +269,8 @@ class Stage:
         # 2) run the forward pass, which ends with logits or at the first layer after the span
         layout: tuple[bool, ...] | None = None
         order, hooks = self._prepare_layers(inputs, cache, num_new)
-        made = self._relays.begin(states)
-        hooks += self._relays.register_hooks(made)
+        made = self._shortcuts.begin(states)
+        hooks += self._shortcuts.register_hooks(made)
         count = cache.count if cache is not None and cache.is_static else None
         instrumented = None
         stops = contextlib.ExitStack()
@@ -316,7 +316,7 @@ class Stage:
             tensors=outputs,
             layout=layout,
             shape=None if is_shown else (num_rows, num_new),
-            relayed=made,
+            shortcuts=made,
             recorded=recorded,
             captured=captured,
         )

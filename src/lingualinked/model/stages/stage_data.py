@@ -36,7 +36,9 @@ class StageInputs:
     attention_mask: Tensor | None  # [rows, past + tokens] int64
     position_ids: Tensor | None  # [rows or 1, tokens] int64
     shape: tuple[int, int] | None = None  # rows and new tokens, where the tensors do not show them
-    relayed: Mapping[str, Tensor] = field(default_factory=dict)  # what other stages have made, by the name of the relay
+    shortcuts: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # what other stages have made, by the name of the shortcut
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # further arguments of the model's forward, by name
     picture_copies: int = (
         0  # 0: pictures among them are encoded by the forward; else before it, for so many copies of a row
@@ -64,9 +66,9 @@ class StageOutput:
     tensors: tuple[Tensor, ...]  # the last layer's output; from the last stage, logits [rows, kept tokens, vocabulary]
     layout: tuple[bool, ...] | None
     shape: tuple[int, int] | None = None  # as in `StageInputs`, for the next stage
-    relayed: Mapping[str, Tensor] = field(
+    shortcuts: Mapping[str, Tensor] = field(
         default_factory=dict
-    )  # what later stages use of this one, by the name of the relay
+    )  # what later stages use of this one, by the name of the shortcut
     recorded: Mapping[str, tuple[Tensor | None, ...]] = field(default_factory=dict)  # of its layers, in order
     captured: Sequence[tuple[int, Tensor]] = ()  # by the numbers of the instruments
     requires_grad: tuple[bool, ...] | None = None  # which of the tensors have gradients; None if none will be asked for
@@ -81,7 +83,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
         or inputs.tensors[0].shape[1] != 1
         or not inputs.tensors[0].is_contiguous()
         or inputs.records
-        or inputs.relayed
+        or inputs.shortcuts
         or inputs.extras
         or inputs.hooks
         or inputs.instruments is not None

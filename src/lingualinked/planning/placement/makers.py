@@ -1,6 +1,6 @@
-"""Branch and bound over the devices that make what skips stages: a relay's cost depends on both of its ends.
+"""Branch and bound over the devices that make what skips stages: a shortcut's cost depends on both of its ends.
 
-Knows problems and relays; how a problem with some makers is solved is told by the caller.
+Knows problems and shortcuts; how a problem with some makers is solved is told by the caller.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lingualinked.planning.placement.problem import Placement, Problem
-from lingualinked.planning.placement.relays import maker_of
+from lingualinked.planning.placement.shortcuts import maker_of
 from lingualinked.planning.placement.tables import PROVEN
 
 MAX_NODES = 200
@@ -29,17 +29,17 @@ def branch_over_makers(
     *,
     gap: float = 0.0,
 ) -> tuple[Placement, float]:
-    r"""Find the placement of least value, where relays cost what the link from their maker's device costs.
+    r"""Find the placement of least value, where shortcuts cost what the link from their maker's device costs.
 
     The linear programme prices a span by its device and layers, and does not know where the layer lies that makes what the span
-    uses: it takes the nearest device of those that may (`relays.tabulate`), so its optimum is a bound. Where the placement that it
+    uses: it takes the nearest device of those that may (`shortcuts.tabulate`), so its optimum is a bound. Where the placement that it
     finds has a farther maker, the problem is split in two: in one, that device makes it, whose cost is then exact; in the
     other, any other device does. The part with the least bound is split next, until none is below the best value by more than the gap.
 
     Parameters
     ----------
     problem : Problem
-        With relays.
+        With shortcuts.
     solve : callable
         From a problem to its placement, or none, and a bound.
     value_of : callable
@@ -68,13 +68,13 @@ def branch_over_makers(
         if made_at is None or solved >= MAX_NODES:
             open_bound = min(open_bound, bound)
             continue
-        assert problem.relays is not None
+        assert problem.shortcuts is not None
         maker = maker_of([(span.device, span.start, span.end) for span in placement], made_at)
         is_maker = np.arange(problem.num_devices) == maker
         for devices in (is_maker, ~is_maker):
-            part = dataclasses.replace(problem, relays=problem.relays.only(made_at, devices))
-            assert part.relays is not None
-            if part.relays.makers[made_at].any():
+            part = dataclasses.replace(problem, shortcuts=problem.shortcuts.only(made_at, devices))
+            assert part.shortcuts is not None
+            if part.shortcuts.makers[made_at].any():
                 placement, bound_of_part = solve(part)
                 solved += 1
                 if placement:
@@ -85,17 +85,17 @@ def branch_over_makers(
 
 def _farthest(problem: Problem, placement: Placement) -> int | None:
     """Return the layer whose maker costs most beyond the nearest that may be; ``None`` if all are the nearest."""
-    relays = problem.relays
-    assert relays is not None
+    shortcuts = problem.shortcuts
+    assert shortcuts is not None
     spans = [(span.device, span.start, span.end) for span in placement]
     most, found = 0.0, None
-    for made_at, makers in relays.makers.items():
+    for made_at, makers in shortcuts.makers.items():
         if makers.sum() == 1:
             continue
         maker = maker_of(spans, made_at)
         for index, (user, start, end) in enumerate(spans):
             cost = functools.partial(
-                relays.seconds, made_at, user=user, span=(start, end), num_layers=problem.num_layers
+                shortcuts.seconds, made_at, user=user, span=(start, end), num_layers=problem.num_layers
             )
             others = [each for each in np.flatnonzero(makers).tolist() if each != user]
             closes = index > 0 and user == placement[0].device

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lingualinked.planning.placement.relays import Relays, sendings
+from lingualinked.planning.placement.shortcuts import Shortcuts, sendings
 
 Floats: TypeAlias = NDArray[np.float64]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -64,7 +64,7 @@ class Problem:
         Layers at the beginning that only devices may hold that may be first, and at the end those that may be last.
     forbidden_cuts : tuple of int
         Layers that must lie in the same span as the layer before them.
-    relays : Relays or None
+    shortcuts : Shortcuts or None
         Tensors that skip stages.
     """
 
@@ -93,7 +93,7 @@ class Problem:
     num_front: int = 1
     num_back: int = 1
     forbidden_cuts: tuple[int, ...] = ()
-    relays: Relays | None = None
+    shortcuts: Shortcuts | None = None
 
     @property
     def num_devices(self) -> int:
@@ -146,7 +146,7 @@ def bottleneck_s(problem: Problem, placement: Placement) -> float:
     links: defaultdict[tuple[int, int], float] = defaultdict(float)
     for a, b in itertools.pairwise(placement):
         links[a.device, b.device] += problem.busy_s[a.device, b.device]
-    for maker, user, seconds in relayed_s(problem, placement):
+    for maker, user, seconds in shortcuts_s(problem, placement):
         links[maker, user] += seconds
     ends = problem.enter_busy_s[placement[0].device], problem.leave_busy_s[placement[-1].device]
     return float(max(busy.max(), *ends, *links.values()))
@@ -156,8 +156,8 @@ def latency_s(problem: Problem, placement: Placement) -> float:
     """Give the seconds of a mean step from the caller through all stages and back."""
     hops = sum(problem.hop_s[a.device, b.device] for a, b in itertools.pairwise(placement))
     ends = problem.enter_s[placement[0].device] + problem.leave_s[placement[-1].device]
-    relayed = sum(seconds for _, _, seconds in relayed_s(problem, placement))
-    return float(sum(span_s(problem, span) for span in placement) + hops + ends + relayed)
+    sent_s = sum(seconds for _, _, seconds in shortcuts_s(problem, placement))
+    return float(sum(span_s(problem, span) for span in placement) + hops + ends + sent_s)
 
 
 def interval_s(problem: Problem, placement: Placement) -> float:
@@ -180,10 +180,10 @@ def span_s(problem: Problem, span: Span) -> float:
     return float(seconds)
 
 
-def relayed_s(problem: Problem, placement: Placement) -> list[tuple[int, int, float]]:
+def shortcuts_s(problem: Problem, placement: Placement) -> list[tuple[int, int, float]]:
     """List what skips stages: from which device to which, and for how many seconds of a mean step."""
     spans = [(span.device, span.start, span.end) for span in placement]
-    return [] if problem.relays is None else list(sendings(problem.relays, spans))
+    return [] if problem.shortcuts is None else list(sendings(problem.shortcuts, spans))
 
 
 def device_bytes(problem: Problem, placement: Placement, device: int) -> float:

@@ -129,7 +129,7 @@ def solve_problem(
     devices = _checked(problem, objective, order, max_bottleneck_s)
     solver = _Solver(problem, order, math.inf if max_bottleneck_s is None else max_bottleneck_s)
     value_of = {"throughput": interval_s, "latency": latency_s, "energy": energy_j}[objective]
-    if problem.relays is None:
+    if problem.shortcuts is None:
         placement, bound = solver.least(objective)
     else:
         placement, bound = branch_over_makers(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lingualinked.planning.placement.problem import Floats, Placement, Problem
-from lingualinked.planning.placement.relays import RelayTables, tabulate
+from lingualinked.planning.placement.shortcuts import ShortcutTables, tabulate
 
 TOLERANCE = 1e-12
 """Relative. The same sum formed in another order differs by a few times 1e-16 per term; 1e-12 forgives thousands."""
@@ -35,14 +35,14 @@ class SpanTables:
     ring_excess_bytes : dict of int to ndarray
         For each device that may hold both ends: float64 ``[L+1, L+1]``, the same for ``[0, a)`` and ``[b, L)``
         together, at ``[a, b]``; ``inf`` where one of the two or what lies between them is empty.
-    relays : RelayTables or None
-        What relays cost at least, where there are any.
+    shortcuts : ShortcutTables or None
+        What shortcuts cost at least, where there are any.
     """
 
     seconds: Floats
     excess_bytes: Floats
     ring_excess_bytes: dict[int, Floats]
-    relays: RelayTables | None = None
+    shortcuts: ShortcutTables | None = None
 
     @classmethod
     def of(cls, problem: Problem) -> SpanTables:
@@ -59,16 +59,16 @@ class SpanTables:
         num_bytes[:, 0, :] += problem.first_bytes
         num_bytes[:, :, -1] += problem.last_bytes
         num_bytes[:, 0, -1] -= problem.tied_bytes
-        relays = None
-        if problem.relays is not None:
-            relays = tabulate(problem.relays, num_layers, problem.may_be_first)
+        shortcuts = None
+        if problem.shortcuts is not None:
+            shortcuts = tabulate(problem.shortcuts, num_layers, problem.may_be_first)
         excess = _excess(num_bytes, problem.capacity_bytes[:, None, None])
         excess[~problem.may_be_first, : problem.num_front, :] = np.inf
         excess[~problem.may_be_last, :, num_layers - problem.num_back + 1 :] = np.inf
         cuts = list(problem.forbidden_cuts)
         excess[:, cuts, :] = excess[:, :, cuts] = np.inf
-        if relays is not None:
-            excess[relays.is_forbidden] = np.inf
+        if shortcuts is not None:
+            excess[shortcuts.is_forbidden] = np.inf
         excess[:, is_empty] = np.inf
 
         both_ends = window_bytes[0][:, None] + window_bytes[:, -1][None, :]
@@ -80,11 +80,11 @@ class SpanTables:
         for device in np.flatnonzero(problem.may_close & problem.may_be_first & problem.may_be_last).tolist():
             rings[device] = _excess(both_ends + 2 * problem.stage_bytes[device], problem.capacity_bytes[device])
             rings[device][is_no_ring] = np.inf
-            if problem.relays is not None:
-                for made_at, makers in problem.relays.makers.items():
+            if problem.shortcuts is not None:
+                for made_at, makers in problem.shortcuts.makers.items():
                     if not makers[device]:  # neither half may hold what it makes
                         rings[device][made_at + 1 :, :] = rings[device][:, : made_at + 1] = np.inf
-        return cls(seconds, excess, rings, relays)
+        return cls(seconds, excess, rings, shortcuts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -172,12 +172,12 @@ def bottleneck_costs(problem: Problem, tables: SpanTables) -> Costs:
     """Cost parts by the seconds in which they are busy; the largest counts."""
     enter, leave = _allowed(problem.enter_s, problem.enter_busy_s), _allowed(problem.leave_s, problem.leave_busy_s)
     seconds, close = tables.seconds, {}
-    if tables.relays is not None:
-        seconds = np.maximum(seconds, tables.relays.busiest_s)
+    if tables.shortcuts is not None:
+        seconds = np.maximum(seconds, tables.shortcuts.busiest_s)
     for device, excess in tables.ring_excess_bytes.items():
         ring_s = tables.seconds[device, 0, :, None] + tables.seconds[device, None, :, -1]
-        if tables.relays is not None:
-            ring_s = np.maximum(ring_s, tables.relays.closing_busiest_s[device][None, :])
+        if tables.shortcuts is not None:
+            ring_s = np.maximum(ring_s, tables.shortcuts.closing_busiest_s[device][None, :])
         close[device] = np.where(excess == 0, np.maximum(ring_s, leave[device]), np.inf)
     return Costs(
         span=np.where(tables.excess_bytes == 0, seconds, np.inf),
@@ -186,7 +186,7 @@ def bottleneck_costs(problem: Problem, tables: SpanTables) -> Costs:
         leave=leave,
         front=np.maximum(enter[:, None], tables.seconds[:, 0, :]),
         close=close,
-        may_go_on=problem.relays is None or not any(problem.relays.makers),
+        may_go_on=problem.shortcuts is None or not any(problem.shortcuts.makers),
     )
 
 
@@ -209,8 +209,8 @@ def sum_costs(problem: Problem, busy: Costs, tables: SpanTables, *, watts: Float
     hop, enter, leave = links if watts is None else map(np.zeros_like, links)
     seconds = np.where(np.isfinite(tables.seconds), tables.seconds, 0.0) * weight[:, None, None]
     closing = seconds[:, :, -1]
-    if tables.relays is not None and watts is None:
-        seconds, closing = seconds + tables.relays.seconds, closing + tables.relays.closing_s
+    if tables.shortcuts is not None and watts is None:
+        seconds, closing = seconds + tables.shortcuts.seconds, closing + tables.shortcuts.closing_s
     return Costs(
         span=_allowed(busy.span, seconds),
         hop=_allowed(busy.hop, hop),
@@ -234,7 +234,7 @@ def excess_costs(problem: Problem, tables: SpanTables) -> Costs:
         leave=nothing,
         front=np.zeros(tables.seconds.shape[:2]),
         close=tables.ring_excess_bytes,
-        may_go_on=problem.relays is None or not any(problem.relays.makers),
+        may_go_on=problem.shortcuts is None or not any(problem.shortcuts.makers),
     )
 
 

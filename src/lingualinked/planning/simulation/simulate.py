@@ -17,7 +17,7 @@ from lingualinked.checks import as_integer, is_real
 from lingualinked.errors import ArgumentError, OverloadWarning
 from lingualinked.planning.placement.problem import Floats
 from lingualinked.planning.plan import Plan
-from lingualinked.planning.prediction import HopPrediction, Prediction, RelayPrediction
+from lingualinked.planning.prediction import HopPrediction, Prediction, ShortcutPrediction
 from lingualinked.planning.simulation.event_heap import Course, EventHeap
 from lingualinked.planning.simulation.line import PipelineTimes, Visit
 from lingualinked.planning.simulation.result import Percentiles, Simulation
@@ -102,8 +102,8 @@ def pipeline_times(predicted: Prediction) -> PipelineTimes:
     servers: dict[str, int] = {}
     visits = []
     for index, (hop, stage) in enumerate(itertools.zip_longest(predicted.hops, predicted.stages)):
-        sent: list[tuple[HopPrediction | RelayPrediction, float]] = [(hop, hop.latency_s)]
-        sent += [(relay, 0.0) for relay in predicted.relays if relay.stage == index]
+        sent: list[tuple[HopPrediction | ShortcutPrediction, float]] = [(hop, hop.latency_s)]
+        sent += [(shortcut, 0.0) for shortcut in predicted.shortcuts if shortcut.stage == index]
         visits += [
             Visit(
                 server=servers.setdefault(f"{each.source} -> {each.target}", len(servers)),

@@ -20,7 +20,7 @@ from lingualinked.model.context import MaskMode, PositionMode
 from lingualinked.model.cutting.architectures import read_config
 from lingualinked.model.process.accelerators import accelerator_device
 from lingualinked.model.process.memory import release_memory
-from lingualinked.model.stages.drawing import draw_relayed, draw_states
+from lingualinked.model.stages.drawing import draw_shortcuts, draw_states
 from lingualinked.model.stages.stage import Stage
 from lingualinked.model.weights.span_loading import load_span
 from lingualinked.module_times import ModuleTimes, StepTime
@@ -233,8 +233,8 @@ class _TrialSession:
             states = (torch.randint(0, self._num_ids, (self._rows, num_new), generator=generator),)
         else:
             states = draw_states(parts, start, self._rows, num_new, generator)
-        relayed = draw_relayed(parts, start, end, self._rows, num_new, generator)
-        self.hosted.relayed.put(0, self._number, relayed)
+        shortcuts = draw_shortcuts(parts, start, end, self._rows, num_new, generator)
+        self.hosted.shortcuts.put(0, self._number, shortcuts)
         step = Step(
             model=0,
             plan_version=0,

@@ -39,7 +39,7 @@ class SenderCheck:
         self._peers = peers
         self._parties: Mapping[Role, Callable[[Any], Collection[str]]] = {
             Role.PREVIOUS: stages.step_senders,
-            Role.EARLIER: stages.relay_senders,
+            Role.EARLIER: stages.shortcut_senders,
             Role.KV_SOURCE: mover.kv_senders,
             Role.KV_TARGET: lambda message: mover.kv_targets(message.request),
             Role.BORROWER: lambda message: moves.borrowers(message.model),

@@ -26,7 +26,7 @@ from lingualinked.model.stages.autograd_graph import AutogradGraph
 from lingualinked.model.stages.layer_skips import NO_SKIPS
 from lingualinked.model.stages.stage import Stage
 from lingualinked.model.stages.stage_data import StageInputs, StageOutput
-from lingualinked.protocol.messages import RelayTarget
+from lingualinked.protocol.messages import ShortcutTarget
 from lingualinked.protocol.moving import JoinedRows
 from lingualinked.protocol.steps import Step
 from lingualinked.quantities import count_text
@@ -36,7 +36,7 @@ from lingualinked.worker.process.limits import spare_bytes
 from lingualinked.worker.stages.arriving_sessions import ArrivingSessions, check_room
 from lingualinked.worker.stages.hosted_session import HostedSession, edit_kv, join_rows, reorder_rows
 from lingualinked.worker.steps.pace import Pace
-from lingualinked.worker.steps.received_relays import ReceivedRelays
+from lingualinked.worker.steps.received_shortcuts import ReceivedShortcuts
 from lingualinked.worker.steps.step_tensors import extras_of, split_tensors
 
 NO_SOURCES: Mapping[int, str] = MappingProxyType({})
@@ -61,8 +61,8 @@ class HostedStage:
         max_kv_tokens: int | None,
         num_stages: int = 1,
         *,
-        relay_targets: Sequence[RelayTarget] = (),
-        relay_sources: Mapping[int, str] = NO_SOURCES,
+        shortcut_targets: Sequence[ShortcutTarget] = (),
+        shortcut_sources: Mapping[int, str] = NO_SOURCES,
     ) -> None:
         self.previous_name = previous_name
         self.num_stages = num_stages
@@ -70,8 +70,8 @@ class HostedStage:
         self._max_kv_tokens = max_kv_tokens
         self.stage = stage
         self.sent_bytes = 0
-        self.relay_targets = relay_targets
-        self.relayed = ReceivedRelays(relay_sources)
+        self.shortcut_targets = shortcut_targets
+        self.shortcuts = ReceivedShortcuts(shortcut_sources)
         self.sessions: dict[int, HostedSession] = {}
         self.graphs = KeptGraphs(str(stage.device))
         # Made without this object, which would else be freed by the collector alone, with the stage's weights.
@@ -192,7 +192,7 @@ class HostedStage:
         What a later session can use is kept, unless this one has moved, and its stage is about to be freed.
         """
         ended = self.sessions.pop(session, None)
-        self.relayed.end_session(session)
+        self.shortcuts.end_session(session)
         self.arriving.sessions.pop(session, None)
         if ended is not None and ended.cache is not None and not moved:
             self.stage.graphs.keep(ended.cache, self._room())
@@ -346,7 +346,7 @@ class HostedStage:
                 tensors=inputs,
                 layout=step.layout,
                 shape=step.shape,
-                relayed=self.relayed.remove(step.session, step.number),
+                shortcuts=self.shortcuts.remove(step.session, step.number),
                 attention_mask=mask,
                 position_ids=positions,
                 logits_to_keep=keep,

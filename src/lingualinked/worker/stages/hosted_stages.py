@@ -21,7 +21,7 @@ from lingualinked.protocol.editing import EditTensor
 from lingualinked.protocol.messages import LoadStage, StageReport
 from lingualinked.protocol.moving import ForkSession, JoinSessions, WeightChunk
 from lingualinked.protocol.packed import PackedStep
-from lingualinked.protocol.steps import EndSession, Relayed, Step, StepGroup
+from lingualinked.protocol.steps import EndSession, ShortcutTensors, Step, StepGroup
 from lingualinked.worker.background import Background
 from lingualinked.worker.process.limits import spare_bytes
 from lingualinked.worker.stages.hosted_stage import HostedStage
@@ -130,8 +130,8 @@ class HostedStages:
                     request.next_name,
                     request.max_kv_tokens,
                     request.num_stages,
-                    relay_targets=request.relay_targets,
-                    relay_sources=dict(request.relay_sources),
+                    shortcut_targets=request.shortcut_targets,
+                    shortcut_sources=dict(request.shortcut_sources),
                 )
                 self._background.call_on_loop(functools.partial(self._put_in_service, key, hosted, on_loaded))
             finally:
@@ -156,10 +156,10 @@ class HostedStages:
             return (runner,) if runner else ()
         return (hosted.previous_name,)
 
-    def relay_senders(self, message: Relayed) -> tuple[str, ...]:
+    def shortcut_senders(self, message: ShortcutTensors) -> tuple[str, ...]:
         """Return who may send a stage what the stage `message.source` makes for it."""
         hosted = self._stages.get(StageKey(message.model, message.plan_version, message.stage))
-        sender = None if hosted is None else hosted.relayed.sender(message)
+        sender = None if hosted is None else hosted.shortcuts.sender(message)
         return () if sender is None else (sender,)
 
     def lenders(self, request: int) -> tuple[str, ...]:
@@ -212,7 +212,7 @@ class HostedStages:
         if state is not None:
             if number < state.number:
                 raise ProtocolError(f"step {number} of session {session} arrived, and {state.number} is due")
-            return hosted.relayed.are_complete(session, number)
+            return hosted.shortcuts.are_complete(session, number)
         is_elsewhere = any(
             session in other.sessions
             for at, other in self._stages.items()
@@ -221,7 +221,7 @@ class HostedStages:
         if is_elsewhere and number == 0:
             raise ProtocolError(f"the first step arrived of session {session}, which runs under another plan version")
         is_here = not is_elsewhere and session not in hosted.arriving
-        return is_here and hosted.relayed.are_complete(session, number)
+        return is_here and hosted.shortcuts.are_complete(session, number)
 
     def move_session(self, model: int, session: int, plan_version: int) -> None:
         """Run a session under a plan version from now on; does nothing if it already does.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from lingualinked.protocol.steps import Relayed, Step
+from lingualinked.protocol.steps import ShortcutTensors, Step
 from lingualinked.transport.wire.delivery import Delivery
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
 
@@ -29,10 +29,10 @@ class EarlySteps:
         else:
             self._waiting.setdefault((step.model, step.plan_version, step.session), []).append((step, delivery))
 
-    def receive_relayed(self, message: Relayed, tensors: tuple[Tensor, ...]) -> None:
+    def receive_shortcuts(self, message: ShortcutTensors, tensors: tuple[Tensor, ...]) -> None:
         """Keep what an earlier stage has made for a step, and serve the step if it waits for nothing else."""
         key = StageKey(message.model, message.plan_version, message.stage)
-        self._stages.get_stage(key).relayed.receive(message, tensors)
+        self._stages.get_stage(key).shortcuts.receive(message, tensors)
         self.serve_due(message.model, message.plan_version, message.session)
 
     def serve_due(self, model: int, plan_version: int, session: int) -> None:

@@ -24,7 +24,7 @@ from lingualinked.protocol.failures import StepFailed
 from lingualinked.protocol.hooking import HookAnswered, HookReached
 from lingualinked.protocol.messages import encode
 from lingualinked.protocol.running import BeginRun, EndRun
-from lingualinked.protocol.steps import Relayed, StageTimes, Step, StepDone, StepRecorded
+from lingualinked.protocol.steps import ShortcutTensors, StageTimes, Step, StepDone, StepRecorded
 from lingualinked.quantities import count_text
 from lingualinked.transport.mailbox import Mailbox
 from lingualinked.transport.wire.delivery import Delivery
@@ -186,7 +186,7 @@ class StepRunner:
             )
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(done), output.tensors)
         else:
-            self._send_relayed(step, hosted, output.relayed)
+            self._send_shortcuts(step, hosted, output.shortcuts)
             states, strides = pack_tensor(output.tensors[0])
             onward, shared = pass_on(step, split_tensors(step, delivery.tensors)[1])
             onward = msgspec.structs.replace(
@@ -207,11 +207,11 @@ class StepRunner:
             recorded, records = describe_recorded(step, output)
             hosted.sent_bytes += self._mailbox.send(CALLER, encode(recorded), records)
 
-    def _send_relayed(self, step: Step, hosted: HostedStage, made: Mapping[str, Tensor]) -> None:
+    def _send_shortcuts(self, step: Step, hosted: HostedStage, made: Mapping[str, Tensor]) -> None:
         """Send each later stage what this one has made for it."""
-        for target in hosted.relay_targets:
-            names = tuple(name for name in target.relays if name in made)
-            message = Relayed(
+        for target in hosted.shortcut_targets:
+            names = tuple(name for name in target.shortcuts if name in made)
+            message = ShortcutTensors(
                 model=step.model,
                 plan_version=step.plan_version,
                 stage=target.stage,

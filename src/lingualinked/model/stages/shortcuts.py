@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from lingualinked.model.cutting.model_parts import ModelParts
 
 
-class StageRelays:
-    """The relays that the stage of layers ``[start, end)`` makes, and what it is called with in place of ids that it lacks."""
+class StageShortcuts:
+    """The shortcuts that the stage of layers ``[start, end)`` makes, and what it is called with in place of ids that it lacks."""
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, parts: ModelParts, start: int, end: int) -> None:
         made = [
             each
-            for each in parts.transmission.relays
+            for each in parts.transmission.shortcuts
             if start <= each.made_at < end < parts.num_layers and each.used_at[-1] >= end
         ]
-        self.cross = bool(made or parts.relayed_to(start, end))  # whether it makes some, or uses some
+        self.cross = bool(made or parts.shortcuts_to(start, end))  # whether it makes some, or uses some
         self._is_first = start == 0
-        self._needs_ids = INPUT_IDS in parts.relayed_to(start, end)
+        self._needs_ids = INPUT_IDS in parts.shortcuts_to(start, end)
         self._gives_ids = any(each.is_ids for each in made)
         self._words: Any = model.get_input_embeddings()  # type: ignore[operator]
         self._modules: dict[str, nn.Module] = {
@@ -43,7 +43,7 @@ class StageRelays:
         }
 
     def text_arguments(
-        self, states: Tensor, shape: tuple[int, int], relayed: Mapping[str, Tensor]
+        self, states: Tensor, shape: tuple[int, int], shortcuts: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return what a model is called with as its text: what the first stage is given, or what replaces it on others.
 
@@ -51,8 +51,8 @@ class StageRelays:
         """
         if self._is_first:
             return {"inputs_embeds" if states.is_floating_point() else "input_ids": states}
-        if INPUT_IDS in relayed:
-            return {"input_ids": relayed[INPUT_IDS]}
+        if INPUT_IDS in shortcuts:
+            return {"input_ids": shortcuts[INPUT_IDS]}
         if self._needs_ids:  # the caller has given embeddings, as what asks for ids can tell
             words = self._words.weight
             zeros = torch.zeros((*shape, words.shape[-1]), dtype=words.dtype, device=states.device)

@@ -1,4 +1,4 @@
-"""Placements keep to forbidden cuts, and relays cost what the link between both of their ends costs."""
+"""Placements keep to forbidden cuts, and shortcuts cost what the link between both of their ends costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUMMED_DIFFERENTLY = 1e-9
 
 
 @st.composite
-def problems(draw: st.DrawFn, *, num_relays: st.SearchStrategy[int], max_layers: int = 9) -> Problem:
+def problems(draw: st.DrawFn, *, num_shortcuts: st.SearchStrategy[int], max_layers: int = 9) -> Problem:
     num_devices = draw(st.integers(1, 4))
     problem = draw_problem(
         draw(st.integers(0, 2**32)),
@@ -32,7 +32,7 @@ def problems(draw: st.DrawFn, *, num_relays: st.SearchStrategy[int], max_layers:
     return with_transmission(
         problem,
         draw(st.integers(0, 2**32)),
-        num_relays=draw(num_relays),
+        num_shortcuts=draw(num_shortcuts),
         num_cuts=draw(st.integers(0, 3)),
         alike=draw(st.booleans()),
     )
@@ -53,7 +53,7 @@ def value_of(each: Judged, objective: Objective) -> float:
     return {"throughput": each.interval_s, "latency": each.latency_s, "energy": each.energy_j}[objective]
 
 
-@given(problem=problems(num_relays=st.just(0)), objective=st.sampled_from(["throughput", "latency", "energy"]))
+@given(problem=problems(num_shortcuts=st.just(0)), objective=st.sampled_from(["throughput", "latency", "energy"]))
 def test_of_the_placements_without_a_forbidden_cut_the_best_is_found(problem: Problem, objective: Objective) -> None:
     solution, choices = solved(problem, objective), every_placement(problem)
     assert (solution is None) == (not choices)
@@ -64,9 +64,9 @@ def test_of_the_placements_without_a_forbidden_cut_the_best_is_found(problem: Pr
         assert solution.lower_bound == solution.value
 
 
-@given(problem=problems(num_relays=st.integers(1, 4)), objective=st.sampled_from(["latency", "energy"]))
+@given(problem=problems(num_shortcuts=st.integers(1, 4)), objective=st.sampled_from(["latency", "energy"]))
 @settings(max_examples=200)
-def test_relays_in_sums_are_solved_exactly(problem: Problem, objective: Objective) -> None:
+def test_shortcuts_in_sums_are_solved_exactly(problem: Problem, objective: Objective) -> None:
     solution, choices = solved(problem, objective), every_placement(problem)
     assert (solution is None) == (not choices)
     if solution is not None:
@@ -76,9 +76,9 @@ def test_relays_in_sums_are_solved_exactly(problem: Problem, objective: Objectiv
         assert solution.lower_bound == solution.value
 
 
-@given(problem=problems(num_relays=st.integers(1, 4)))
+@given(problem=problems(num_shortcuts=st.integers(1, 4)))
 @settings(max_examples=200)
-def test_with_relays_on_busy_links_the_bound_holds(problem: Problem) -> None:
+def test_with_shortcuts_on_busy_links_the_bound_holds(problem: Problem) -> None:
     solution, choices = solved(problem, "throughput"), every_placement(problem)
     assert (solution is None) == (not choices)
     if solution is not None:

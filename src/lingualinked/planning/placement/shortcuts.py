@@ -16,8 +16,8 @@ Flags = NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RelayCosts:
-    """What one relay costs.
+class ShortcutCosts:
+    """What one shortcut costs.
 
     Parameters
     ----------
@@ -42,20 +42,20 @@ class RelayCosts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Relays:
-    """All relays of a problem, and which devices may hold the layers that make them.
+class Shortcuts:
+    """All shortcuts of a problem, and which devices may hold the layers that make them.
 
-    A stage that uses a relay which another stage makes gets it once a step, over the link from the maker's device.
+    A stage that uses a shortcut which another stage makes gets it once a step, over the link from the maker's device.
 
     Parameters
     ----------
-    costs : tuple of RelayCosts
+    costs : tuple of ShortcutCosts
         At least one.
     makers : dict of int to ndarray
         For each layer at which something is made: bool ``[D]``, which devices may hold it.
     """
 
-    costs: tuple[RelayCosts, ...]
+    costs: tuple[ShortcutCosts, ...]
     makers: dict[int, Flags]
 
     def seconds(self, made_at: int, maker: int, user: int, span: tuple[int, int], num_layers: int) -> float:
@@ -65,14 +65,14 @@ class Relays:
         sent = (each for each in self.costs if each.made_at == made_at and each.is_sent_to(*span, num_layers))
         return sum(float(each.send_s[maker, user]) for each in sent)
 
-    def only(self, made_at: int, devices: Flags) -> Relays:
+    def only(self, made_at: int, devices: Flags) -> Shortcuts:
         """Return the same with the devices that may hold a maker restricted to some."""
         return dataclasses.replace(self, makers={**self.makers, made_at: self.makers[made_at] & devices})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class RelayTables:
-    """What relays cost each span ``[i, j)`` on device d at least, whichever device makes them.
+class ShortcutTables:
+    """What shortcuts cost each span ``[i, j)`` on device d at least, whichever device makes them.
 
     Parameters
     ----------
@@ -93,8 +93,8 @@ class RelayTables:
     is_forbidden: Flags
 
 
-def tabulate(relays: Relays, num_layers: int, may_see_ids: Flags) -> RelayTables:
-    """Tabulate relays over all spans; ``may_see_ids`` is a bool ``[D]``."""
+def tabulate(shortcuts: Shortcuts, num_layers: int, may_see_ids: Flags) -> ShortcutTables:
+    """Tabulate shortcuts over all spans; ``may_see_ids`` is a bool ``[D]``."""
     num_devices, size = len(may_see_ids), num_layers + 1
     starts, ends = np.arange(size)[:, None], np.arange(size)[None, :]
 
@@ -102,25 +102,25 @@ def tabulate(relays: Relays, num_layers: int, may_see_ids: Flags) -> RelayTables
         held: Flags = (starts <= layer) & ((layer < ends) | ((layer == num_layers) & (ends == num_layers)))
         return held
 
-    # 1) where each relay is used, and another stage makes it
+    # 1) where each shortcut is used, and another stage makes it
     used = [
         (starts > each.made_at) & np.logical_or.reduce([holds(layer) for layer in each.used_at])
-        for each in relays.costs
+        for each in shortcuts.costs
     ]
-    tables = RelayTables(
+    tables = ShortcutTables(
         seconds=np.zeros((num_devices, size, size)),
         busiest_s=np.zeros((num_devices, size, size)),
         closing_s=np.zeros((num_devices, size)),
         closing_busiest_s=np.zeros((num_devices, size)),
         is_forbidden=np.zeros((num_devices, size, size), dtype=bool),
     )
-    for mask, each in zip(used, relays.costs, strict=True):
+    for mask, each in zip(used, shortcuts.costs, strict=True):
         if each.is_ids:
             tables.is_forbidden[~may_see_ids] |= mask
     # 2) seconds, from whichever device may make them and is nearest
-    for made_at, makers in relays.makers.items():
+    for made_at, makers in shortcuts.makers.items():
         tables.is_forbidden[~makers] |= (starts <= made_at) & (made_at < ends)
-        made = [(mask, each) for mask, each in zip(used, relays.costs, strict=True) if each.made_at == made_at]
+        made = [(mask, each) for mask, each in zip(used, shortcuts.costs, strict=True) if each.made_at == made_at]
         is_used = np.logical_or.reduce([mask for mask, _ in made])
         for device in range(num_devices):
             nearest = np.where(is_used, np.inf, 0.0)
@@ -142,12 +142,12 @@ def maker_of(spans: Sequence[tuple[int, int, int]], layer: int) -> int:
     return next(device for device, start, end in spans if start <= layer < end)
 
 
-def sendings(relays: Relays, spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, float]]:
+def sendings(shortcuts: Shortcuts, spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, float]]:
     """List what is sent in a placement, given by device, start and end: from which device to which, and for how many seconds."""
     num_layers = spans[-1][2]
     for user, start, end in spans:
-        for made_at in relays.makers:
+        for made_at in shortcuts.makers:
             maker = maker_of(spans, made_at)
-            seconds = relays.seconds(made_at, maker, user, (start, end), num_layers)
+            seconds = shortcuts.seconds(made_at, maker, user, (start, end), num_layers)
             if seconds:
                 yield maker, user, seconds

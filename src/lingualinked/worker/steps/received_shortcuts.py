@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lingualinked.errors import ProtocolError
-from lingualinked.protocol.steps import Relayed
+from lingualinked.protocol.steps import ShortcutTensors
 from lingualinked.quantities import count_text
 
 _MOST_BYTES = 1 << 30
 """Of one stage: the tensors of steps in flight that have not come yet."""
 
 
-class ReceivedRelays:
+class ReceivedShortcuts:
     """The tensors that have arrived from the stages in `sources`, which are named by their place in the plan."""
 
     def __init__(self, sources: Mapping[int, str]) -> None:
@@ -25,11 +25,11 @@ class ReceivedRelays:
         self._held: dict[tuple[int, int], dict[int, dict[str, Tensor]]] = {}  # by session and step, then by source
         self._num_bytes = 0
 
-    def sender(self, message: Relayed) -> str | None:
+    def sender(self, message: ShortcutTensors) -> str | None:
         """Return the worker that may send a message, if any may."""
         return self._sources.get(message.source)
 
-    def receive(self, message: Relayed, tensors: tuple[Tensor, ...]) -> None:
+    def receive(self, message: ShortcutTensors, tensors: tuple[Tensor, ...]) -> None:
         """Keep what has come for a step; raise ProtocolError if it is not as announced.
 
         If too much waits, the oldest is dropped: what was made for a step that never comes, since its session has ended.
@@ -42,10 +42,10 @@ class ReceivedRelays:
         self._held.setdefault(key, {})[message.source] = dict(zip(message.names, tensors, strict=True))
         self._num_bytes += num_bytes
 
-    def put(self, session: int, number: int, relayed: Mapping[str, Tensor]) -> None:
+    def put(self, session: int, number: int, shortcuts: Mapping[str, Tensor]) -> None:
         """Put tensors at hand for a step, as if other stages had sent them."""
-        self._held[session, number] = {-1: dict(relayed)}
-        self._num_bytes += sum(each.nbytes for each in relayed.values())
+        self._held[session, number] = {-1: dict(shortcuts)}
+        self._num_bytes += sum(each.nbytes for each in shortcuts.values())
 
     def are_complete(self, session: int, number: int) -> bool:
         """Return whether all has come for a step."""
