@@ -1,5 +1,7 @@
 """The transmission map of a model: which tensors a stage uses beside the output of the layer before, and where none may begin.
 
+Such a tensor is a shortcut: it skips stages, and goes straight from the one that makes it to those that use it.
+
 Plain data; knows neither how it is found nor how tensors are sent.
 """
 
@@ -22,7 +24,7 @@ ID_BYTES = 8
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shortcut:
-    """A tensor that later stages use beside the output of the layer before.
+    """A tensor that later stages use beside the output of the layer before; LinguaLinked's residual transmission sends it.
 
     Parameters
     ----------

@@ -192,7 +192,7 @@ class HostedStage:
         What a later session can use is kept, unless this one has moved, and its stage is about to be freed.
         """
         ended = self.sessions.pop(session, None)
-        self.shortcuts.end_session(session)
+        self.shortcuts.end_session(session, may_return=moved)
         self.arriving.sessions.pop(session, None)
         if ended is not None and ended.cache is not None and not moved:
             self.stage.graphs.keep(ended.cache, self._room())

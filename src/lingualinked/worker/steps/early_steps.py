@@ -30,10 +30,13 @@ class EarlySteps:
             self._waiting.setdefault((step.model, step.plan_version, step.session), []).append((step, delivery))
 
     def receive_shortcuts(self, message: ShortcutTensors, tensors: tuple[Tensor, ...]) -> None:
-        """Keep what an earlier stage has made for a step, and serve the step if it waits for nothing else."""
+        """Keep what an earlier stage has made for a step, and serve the step if it waits for nothing else.
+
+        And steps that fail now, since what had come for them is dropped.
+        """
         key = StageKey(message.model, message.plan_version, message.stage)
-        self._stages.get_stage(key).shortcuts.receive(message, tensors)
-        self.serve_due(message.model, message.plan_version, message.session)
+        for session in sorted(self._stages.get_stage(key).shortcuts.receive(message, tensors)):
+            self.serve_due(message.model, message.plan_version, session)
 
     def serve_due(self, model: int, plan_version: int, session: int) -> None:
         """Serve the steps of a session that wait, as far as they can run now."""
