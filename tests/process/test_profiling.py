@@ -31,6 +31,7 @@ from lingualinked.module_times import ModuleTimes
 from lingualinked.sharded.loading.arguments import LoadArguments
 from lingualinked.sharded.loading.describing import describe
 from lingualinked.sharded.profiles import saved
+from lingualinked.transmission import Transmission
 from lingualinked.worker.measuring.power import RaplCounter
 from profiles import MIB, model_profile
 
@@ -390,6 +391,13 @@ def test_spans_show_every_kind_and_both_ends_within_memory() -> None:
     spans = measured_spans(mixed, None)
     assert {mixed.kind_of_layer[end - 1] for start, end in spans if end - start == 2} == {0, 1, 2}
     assert (7, 8) in spans
+    together = dataclasses.replace(mixed, transmission=Transmission(forbidden_cuts=(5, 6, 7)))
+    spans = measured_spans(together, None)
+    assert not {start for start, _ in spans} & {5, 6, 7}
+    assert {mixed.kind_of_layer[end - 1] for start, end in spans if end - start > 1} == {0, 1, 2}
+    assert measured_spans(dataclasses.replace(alike, transmission=Transmission(forbidden_cuts=(4,))), 20 * MIB) == (
+        (3, 5),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,7 +20,7 @@ class MeasuredShape(Message, frozen=True):
 
 
 class MeasureModel(Message, frozen=True, tag=7):
-    """Time the parts of a model by running spans of one or two layers with arbitrary weights.
+    """Time the parts of a model by running spans of one or two layers, more where the model forbids cuts, with arbitrary weights.
 
     Steps of a shape are repeated ``num_prefills`` or ``num_decodes`` times after a first one that includes one-time costs: more
     often while their times spread, less often if they are long. No text grows beyond ``max_positions``.

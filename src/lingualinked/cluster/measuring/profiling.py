@@ -147,19 +147,24 @@ def step_shapes(workload: Workload, max_positions: int | None = None) -> tuple[M
 def measured_spans(model: ModelProfile, memory_bytes: int | None) -> tuple[tuple[int, int], ...]:
     """Choose spans that show every kind of layer and both ends, within a memory limit.
 
-    Two layers in a row show the kind of the second one; the last layer alone shows what comes after it.
+    Two layers in a row show the kind of the second one; the last layer alone shows what comes after it. Where the model forbids
+    a cut, a span begins at the next earlier layer that may be the first of a stage.
     """
-    num_layers = model.num_layers
+    num_layers, forbidden = model.num_layers, model.transmission.forbidden_cuts
+
+    def first_before(layer: int) -> int:
+        return max(each for each in range(layer + 1) if each not in forbidden)
+
     pairs = [(0, min(2, num_layers))]
     for kind in range(len(model.kinds)):
         if kind not in {model.kind_of_layer[end - 1] for _, end in pairs}:
             index = max(i for i, each in enumerate(model.kind_of_layer) if each == kind)
-            pairs.append((max(0, index - 1), index + 1))
-    spans = pairs if pairs[-1][1] == num_layers else [*pairs, (num_layers - 1, num_layers)]
+            pairs.append((first_before(max(0, index - 1)), index + 1))
+    spans = pairs if pairs[-1][1] == num_layers else [*pairs, (first_before(num_layers - 1), num_layers)]
     if memory_bytes is None:
         return tuple(spans)
     fitting = [span for span in spans if model.span_bytes(*span) + _MEASURING_BYTES <= memory_bytes]
-    inner = (num_layers // 2, num_layers // 2 + 1)
+    inner = (first_before(num_layers // 2), num_layers // 2 + 1)
     return tuple(fitting) or (inner,)
 
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 class KeptArgument:
     """The argument of a model's forward pass; `keeps_own` says that it is an object of the model's own class.
 
-    `masks_past` says whether a mask is of the tokens before a step too.
+    `keeps_any` says whether there is such an argument: without it, each step is of a whole text. `masks_past` says whether a mask is of the tokens before a step too.
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int, boundary: Boundary) -> None:
         self._name = cache_argument_of(model)
+        self.keeps_any = self._name is not None
         self._config, self._num_layers = model.config, num_layers
         # Of what is made on the fly, the class behind it.
         self._module = next(

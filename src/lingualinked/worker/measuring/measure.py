@@ -61,8 +61,9 @@ class Measurer:
         self._pace = pace
         self._on_progress = on_progress
         self._num_done = 0
-        self._most_layers = max(end - start for start, end in request.spans)
-        pairs = [end for start, end in request.spans if end - start == self._most_layers]
+        # Of spans of one layer only, each counts as a pair; where a model forbids cuts, spans have more layers than two.
+        self._least_layers = min(2, max(end - start for start, end in request.spans))
+        pairs = [end for start, end in request.spans if end - start >= self._least_layers]
         self._paired = {request.kind_of_layer[end - 1] for end in pairs}
         self._samples: defaultdict[tuple[Part, MeasuredShape], list[float]] = defaultdict(list)
         self._roundings: list[Rounding] = []  # of the spans
@@ -128,8 +129,6 @@ class Measurer:
 
         def step() -> _Sample:
             session = _TrialSession(hosted, self._request, shape.rows)
-            if shape.context:
-                session.run_step(shape.context)
             return self._time_step(session, timer, shape)
 
         return step
@@ -143,10 +142,9 @@ class Measurer:
 
         def step(shape: MeasuredShape) -> _Sample:
             nonlocal session
-            if limit is not None and session.num_tokens >= limit:
+            keeps_text = hosted.stage.kept.keeps_any
+            if not keeps_text or (limit is not None and session.num_tokens >= limit):
                 session = _TrialSession(hosted, self._request, rows)
-            if shape.context > session.num_tokens:
-                session.run_step(shape.context - session.num_tokens)
             return self._time_step(session, timer, shape)
 
         return step
@@ -159,7 +157,13 @@ class Measurer:
         self._on_progress(self._num_done)
 
     def _time_step(self, session: _TrialSession, timer: ModuleTimer[Any], shape: MeasuredShape) -> _Sample:
-        session.prepare_step(shape.tokens)
+        missing = shape.context - session.num_tokens
+        if session.hosted.stage.kept.keeps_any:
+            if missing > 0:
+                session.run_step(missing)
+            session.prepare_step(shape.tokens)
+        else:  # such a model is given the whole text in each step
+            session.prepare_step(shape.context + shape.tokens)
         if self._flushing is not None:
             self._flushing.sum()
         timer.clear()
@@ -170,7 +174,7 @@ class Measurer:
         rest_s = total_s - sum(layers_s) - prologue_s - epilogue_s
         stage = session.hosted.stage
         kinds = self._request.kind_of_layer[stage.start : stage.end]
-        is_pair = len(kinds) == self._most_layers
+        is_pair = len(kinds) >= self._least_layers
         *_, last_s = layers_s
         sample: _Sample = {}
         if is_pair or kinds[-1] not in self._paired:  # a single layer counts only if no pair ends with its kind
