@@ -18,7 +18,7 @@ import transformers
 
 from lingualinked.disk_cache import read_cached, write_cached
 from lingualinked.errors import UncuttableModelError
-from lingualinked.model import cutting, kv, stages
+from lingualinked.model import cutting, exact, hf_internals, kv, stages
 from lingualinked.model.proving.small_copies import small_copies
 from lingualinked.model.proving.trial import Trial, try_cutting
 
@@ -114,7 +114,7 @@ def _file_name(config: PreTrainedConfig, spec: ModelSpec) -> str:
         platform.machine(),
     ):
         digest.update(repr(each).encode())
-    for module in (cutting, kv, stages):
+    for module in (cutting, exact, hf_internals, kv, stages):
         for path in sorted(Path(str(module.__file__)).parent.glob("*.py")):
             digest.update(path.read_bytes())
     return f"trial-{digest.hexdigest()[:16]}.json"

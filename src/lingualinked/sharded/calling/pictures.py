@@ -89,6 +89,11 @@ class FurtherArguments:
         given = {name: check_tensor(name, value) for name, value in (found | ahead).items()}
         if not given:
             return None
+        other = next((name for name, value in given.items() if value.is_floating_point()), None)
+        if other is not None and not holds_pictures(given):
+            raise UnsupportedOperationError(
+                f"{other} of a sharded model is not supported: of what is not text, it takes pictures; leave it out"
+            )
         # 2) numbers of pixels matter to the first stage alone, others where a pass without pictures touches them
         plain = {name for name, value in given.items() if not value.is_floating_point() and name not in ahead}
         used = self._used(frozenset(plain), has_positions)

@@ -75,15 +75,15 @@ def _load_stacks(decoder: Described, code: ModelCode, arguments: LoadArguments, 
     try:
         for described, plan in zip((encoder, decoder), plans, strict=True):
             pipelines.append(_load_pipeline(described, dataclasses.replace(arguments, plan=plan)))
+        stacks = [
+            Stacked(described.meta, pipeline, pipeline.spec.parts or described.parts, code)
+            for described, pipeline in zip((encoder, decoder), pipelines, strict=True)
+        ]
+        return make_encoder_decoder(*stacks, base=base, owns_cluster=arguments.owns_cluster)
     except BaseException:
         for pipeline in pipelines:
             pipeline.unload()
         raise
-    stacks = [
-        Stacked(described.meta, pipeline, pipeline.spec.parts or described.parts, code)
-        for described, pipeline in zip((encoder, decoder), pipelines, strict=True)
-    ]
-    return make_encoder_decoder(*stacks, base=base, owns_cluster=arguments.owns_cluster)
 
 
 def _load_pipeline(described: Described, arguments: LoadArguments) -> Pipeline:
