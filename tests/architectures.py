@@ -157,8 +157,8 @@ def find_row(model_type: str, dtype: str, config: PreTrainedConfig | None = None
 
 def with_hop_bytes(row: Row) -> Row:
     """Add the bytes that cross a boundary in the middle of the model in full width, if it can be traced."""
-    spec = spec_of_config(default_config(row.model_type), "bfloat16")
     try:
+        spec = spec_of_config(default_config(row.model_type), "bfloat16")
         parts = parts_of(spec, build_meta(spec))
     except LingualinkedError:
         return row
