@@ -69,6 +69,11 @@ class Shortcut:
         """Whether it is the token ids."""
         return self.name == INPUT_IDS
 
+    @property
+    def is_of_layer(self) -> bool:
+        """Whether it is the hidden output of a layer."""
+        return self.name.startswith("layer ")
+
     def is_used_in(self, start: int, end: int, num_layers: int) -> bool:
         """Return whether layers ``[start, end)`` use it, or what runs after the last of `num_layers`, where they hold that one."""
         return any(start <= layer < end or (layer == end == num_layers) for layer in self.used_at)

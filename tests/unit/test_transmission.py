@@ -16,6 +16,8 @@ SKIP = Shortcut(name="layer 3", made_at=3, used_at=(5, 8), token_bytes=64)
 def test_a_shortcut_is_sent_to_stages_that_use_it_and_do_not_make_it() -> None:
     assert not EMBEDDING.is_ids
     assert Shortcut(name="input_ids", made_at=0, used_at=(4,), token_bytes=8).is_ids
+    assert SKIP.is_of_layer
+    assert not EMBEDDING.is_of_layer
     assert [EMBEDDING.is_sent_to(*span, 8) for span in [(0, 3), (3, 5), (5, 8), (1, 3)]] == [False, False, True, True]
     # layer 3 lies in the stage that makes it; 8 stands for what runs after the last layer
     assert [SKIP.is_sent_to(*span, 8) for span in [(0, 8), (3, 6), (4, 6), (6, 7), (6, 8)]] == [

@@ -37,7 +37,7 @@ class StageShortcuts:
         self._gives_ids = any(each.is_ids for each in made)
         self._words: Any = model.get_input_embeddings()  # type: ignore[operator]
         self._modules: dict[str, nn.Module] = {
-            each.name: layers[each.made_at] if each.name.startswith("layer ") else model.get_submodule(each.name)
+            each.name: layers[each.made_at] if each.is_of_layer else model.get_submodule(each.name)
             for each in made
             if not each.is_ids
         }

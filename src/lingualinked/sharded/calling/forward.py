@@ -241,7 +241,7 @@ def make_sharded(
     vars(model).update(
         state, _positions=LearnedPositions.of(meta), _seal=seal, _sealed_config=SealedConfig(meta.config)
     )
-    vars(model)["_surgery"] = LayerSurgery(model.get_submodule(parts.layers), pipeline.edits)
+    vars(model)["_surgery"] = LayerSurgery(model.get_submodule(parts.layers), pipeline.edits, parts.transmission)
     vars(model).update(
         _hooked_modules=HookedModules(
             {path: each for path, each in meta.named_modules() if path}, parts, seal.adapters, seal.wrapped.wrapped

@@ -18,6 +18,7 @@ from lingualinked.sharded.sealed.sealing import SealedDict, SealedModule, sealed
 
 if TYPE_CHECKING:
     from lingualinked.cluster.weights.tensor_edits import TensorEdits
+    from lingualinked.transmission import Transmission
 
 _ALLOWED = (
     "a list of layers may lose some, get them back in their places, and have nn.Identity() in place of one, to skip it; "
@@ -87,10 +88,11 @@ class SealedLayers(SealedModule):
 
 
 class LayerSurgery:
-    """What of the layers of one model is left in its list of layers."""
+    """What of the layers of one model is left in its list of layers; all of them if `transmission` has outputs of earlier layers."""
 
-    def __init__(self, layers: nn.ModuleList, edits: TensorEdits) -> None:
+    def __init__(self, layers: nn.ModuleList, edits: TensorEdits, transmission: Transmission) -> None:
         self._all = tuple(layers)
+        self._far = [each.name for each in transmission.shortcuts if each.is_of_layer]
         self._edits = edits
         self._current = layers
         vars(layers)["_surgery"] = weakref.ref(self)
@@ -153,6 +155,8 @@ class LayerSurgery:
         if not kept:
             _refuse(f"it needs one of its layers: {_ALLOWED}")
         removed = tuple(index for index in range(len(self._all)) if index not in kept and index not in bypassed)
+        if self._far and (removed or bypassed):
+            _refuse(f"later layers use the output of {', '.join(self._far)}, by numbers that would be those of others")
         return LayerSkips(removed, tuple(bypassed))
 
 
