@@ -193,6 +193,7 @@ class Worker:
                 self._steps.abandon_steps(message.model)
                 self._backward.abandon_model(message.model)
                 self._stages.unload_model(message.model)
+                self._refuse_lost(message.model)
             case DismissWorker():
                 self._peers.dismiss(message)
             case Ping() | Pong():
@@ -275,6 +276,7 @@ class Worker:
             case KeepPlan():
                 self._drop_moves(message.model)
                 self._stages.keep_plan(message.model, message.plan_version)
+                self._refuse_lost(message.model)
 
     def _answer_request(self, request: int, serve_request: Callable[[], WorkerMessage | None]) -> None:
         """Send the caller the answer to a request, or its failure; another party may have to answer instead."""
@@ -319,7 +321,11 @@ class Worker:
         """End all transfers of a model that moves, and refuse the steps that wait for its sessions to move."""
         for part in (self._moves, self._mover, self._lender, self._borrower, self._reader, self._steps.packed):
             part.drop_model(model)
-        for step, delivery in self._early.remove_model(model):
+        self._refuse_lost(model)
+
+    def _refuse_lost(self, model: int) -> None:
+        """Refuse the steps that wait for a session of a model to move to a stage, which it does no more."""
+        for step, delivery in list(self._early.remove_lost(model)):
             error = StaleMessageError(
                 f"a step arrived of session {step.session}, which has not moved to the step's plan version"
             )

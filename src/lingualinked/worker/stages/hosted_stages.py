@@ -213,15 +213,26 @@ class HostedStages:
             if number < state.number:
                 raise ProtocolError(f"step {number} of session {session} arrived, and {state.number} is due")
             return hosted.shortcuts.are_complete(session, number)
-        is_elsewhere = any(
+        is_elsewhere = self._is_elsewhere(key, session)
+        if is_elsewhere and number == 0:
+            raise ProtocolError(f"the first step arrived of session {session}, which runs under another plan version")
+        is_here = not is_elsewhere and session not in hosted.arriving
+        return is_here and (number > 0 or hosted.shortcuts.are_complete(session, number))
+
+    def is_lost(self, key: StageKey, session: int) -> bool:
+        """Return whether a session can have no step on a stage unless it moves there first, or the stage is not here."""
+        hosted = self._stages.get(key)
+        if hosted is None:
+            return True
+        return session not in hosted.sessions and (session in hosted.arriving or self._is_elsewhere(key, session))
+
+    def _is_elsewhere(self, key: StageKey, session: int) -> bool:
+        """Return whether a session runs under another plan version."""
+        return any(
             session in other.sessions
             for at, other in self._stages.items()
             if at.model == key.model and at.plan_version != key.plan_version
         )
-        if is_elsewhere and number == 0:
-            raise ProtocolError(f"the first step arrived of session {session}, which runs under another plan version")
-        is_here = not is_elsewhere and session not in hosted.arriving
-        return is_here and hosted.shortcuts.are_complete(session, number)
 
     def move_session(self, model: int, session: int, plan_version: int) -> None:
         """Run a session under a plan version from now on; does nothing if it already does.
@@ -265,6 +276,7 @@ class HostedStages:
         if not any(version > plan_version and session in hosted.sessions for version, hosted in own):
             for _, hosted in own:
                 hosted.end_session(session)
+                hosted.shortcuts.end_session(session)
             self.trim_idle_caches()
         # While a model moves, the rest of the session's KV, and the message that it has moved, may arrive later.
         is_moving = len({version for version, _ in own}) > 1
