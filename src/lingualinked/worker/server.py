@@ -326,10 +326,8 @@ class Worker:
     def _refuse_lost(self, model: int) -> None:
         """Refuse the steps that wait for a session of a model to move to a stage, which it does no more."""
         for step, delivery in list(self._early.remove_lost(model)):
-            error = StaleMessageError(
-                f"a step arrived of session {step.session}, which has not moved to the step's plan version"
-            )
-            self._inbox.refuse(delivery, error, "Step")
+            why = f"a step arrived of session {step.session}, which has not moved to the step's plan version"
+            self._inbox.refuse(delivery, StaleMessageError(why), "Step")
 
     def _move_session(self, message: MoveSession) -> None:
         try:
