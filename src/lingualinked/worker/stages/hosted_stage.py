@@ -71,7 +71,7 @@ class HostedStage:
         self.stage = stage
         self.sent_bytes = 0
         self.shortcut_targets = shortcut_targets
-        self.shortcuts = ReceivedShortcuts(shortcut_sources)
+        self.shortcuts = ReceivedShortcuts(shortcut_sources, stage.used_shortcuts if shortcut_sources else ())
         self.sessions: dict[int, HostedSession] = {}
         self.graphs = KeptGraphs(str(stage.device))
         # Made without this object, which would else be freed by the collector alone, with the stage's weights.

@@ -276,7 +276,6 @@ class HostedStages:
         if not any(version > plan_version and session in hosted.sessions for version, hosted in own):
             for _, hosted in own:
                 hosted.end_session(session)
-                hosted.shortcuts.end_session(session)
             self.trim_idle_caches()
         # While a model moves, the rest of the session's KV, and the message that it has moved, may arrive later.
         is_moving = len({version for version, _ in own}) > 1

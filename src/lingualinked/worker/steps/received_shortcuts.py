@@ -6,7 +6,7 @@ Knows one stage's sources and their tensors; neither sockets nor what the tensor
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -25,10 +25,11 @@ _NUM_ENDED = 1 << 10
 
 
 class ReceivedShortcuts:
-    """The tensors that have arrived from the stages in `sources`, which are named by their place in the plan."""
+    """The tensors with these names that have arrived from the stages in `sources`, which are named by their place in the plan."""
 
-    def __init__(self, sources: Mapping[int, str]) -> None:
+    def __init__(self, sources: Mapping[int, str], names: Collection[str]) -> None:
         self._sources = sources
+        self._names = frozenset(names)
         # By session and step, then by source; None: dropped, and the step fails.
         self._held: dict[tuple[int, int], dict[int, dict[str, Tensor]] | None] = {}
         self._ended: collections.deque[int] = collections.deque(maxlen=_NUM_ENDED)
@@ -49,18 +50,23 @@ class ReceivedShortcuts:
             raise ProtocolError(f"{count_text(len(tensors), 'tensor')} arrived for {names!r:.200}, or once too often")
         if message.session in self._ended or known is None:
             return set()
+        due = self._names.difference(*known.values())
+        if not due.issuperset(names):
+            raise ProtocolError(
+                f"tensors arrived as {names!r:.200} from stage {message.source}, and {sorted(due)} are due"
+            )
         known[message.source] = dict(zip(names, tensors, strict=True))
         self._held[key] = known
         self._num_bytes += sum(each.nbytes for each in tensors)
-        due = {message.session}
+        sessions = {message.session}
         for oldest in list(self._held) if self._num_bytes > _MOST_BYTES else ():
             if oldest != key and self._num_bytes > _MOST_BYTES:
                 self._drop(oldest)
-                due.add(oldest[0])
+                sessions.add(oldest[0])
         if len(self._held) > _MOST_STEPS:
             self._drop(next(iter(self._held)))
             del self._held[next(iter(self._held))]
-        return due
+        return sessions
 
     def put(self, session: int, number: int, shortcuts: Mapping[str, Tensor]) -> None:
         """Put tensors at hand for a step, as if other stages had sent them."""
