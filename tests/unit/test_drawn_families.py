@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from drawn_families import NUM_DRAWN, USUAL, drawn, not_drawn
+from drawn_families import NUM_DRAWN, NUM_OF_KIND, OTHER_KINDS, USUAL, drawn, drawn_of_kind, not_drawn
 from families import FAMILIES
 
 
@@ -29,3 +29,12 @@ def test_a_test_of_all_architectures_goes_through_those_that_are_drawn() -> None
     without = [item("none", number=1), SimpleNamespace(nodeid="plain")]
     left_out = not_drawn([*of_all, *of_few, *without], "a commit")  # type: ignore[list-item]
     assert {each.callspec.params["case"][0] for each in left_out} == FAMILIES.keys() - drawn("a commit")
+
+
+def test_a_test_of_all_models_of_another_kind_goes_through_a_few() -> None:
+    for kind in OTHER_KINDS:
+        of_all = [item("all", case=name) for name in kind]
+        left_out = not_drawn(of_all, "a commit")  # type: ignore[arg-type]
+        assert {each.callspec.params["case"] for each in left_out} == set(kind) - drawn_of_kind("a commit", kind)
+        assert len(of_all) - len(left_out) == NUM_OF_KIND
+        assert frozenset().union(*(drawn_of_kind(str(number), kind) for number in range(60))) == set(kind)
