@@ -60,7 +60,6 @@ class _Variant:
 
 
 _VARIANTS = (_Variant(), _Variant(num_each=2), _Variant(keeps_windows=True))
-_MAX_SCALES = 8  # of a variant
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ class Stage:
         self.used_shortcuts = span.parts.shortcuts_to(start, end)
         self._items = span.parts.transmission.items
         self.layout_before = self._items[start - 1] if start else None  # of its inputs
+        self._shows_shape = self.is_last or span.parts.layer_outputs[end - 1][0].is_regular
         self._pictures = StagePictures(self._model, span.parts.layers, end)
         self.kept = KeptArgument(span.model, self.num_layers, span.boundary)
         self._slots = self.cache_slots(start, end)
@@ -188,7 +189,7 @@ class Stage:
             cache.check_room(num_new)
         # 2) replay the step if it has been captured; else run it, and capture it if that is possible
         graph = decode = None
-        keeps_state = bool(self._ropes or self.module_state or self._shortcuts.cross)
+        keeps_state = bool(self._ropes or self.module_state or self._shortcuts.cross) or not self._shows_shape
         if cache is not None and not keeps_state and not self.adapters and self.graphs.serve(cache):
             decode = decode_inputs(inputs, cache)
         if decode is not None and cache is not None:
@@ -311,11 +312,10 @@ class Stage:
                 hook.remove()
             self._boundary.clear()
         captured = [] if instrumented is None else [(number, value.cpu()) for number, value in instrumented.captured]
-        is_shown = self.is_last or self.span.parts.layer_outputs[self.end - 1][0].is_regular
         return StageOutput(
             tensors=outputs,
             layout=layout,
-            shape=None if is_shown else (num_rows, num_new),
+            shape=None if self._shows_shape else (num_rows, num_new),
             shortcuts=made,
             recorded=recorded,
             captured=captured,

@@ -84,6 +84,7 @@ def decode_inputs(inputs: StageInputs, cache: StageCache) -> DecodeInputs | None
         or not inputs.tensors[0].is_contiguous()
         or inputs.records
         or inputs.shortcuts
+        or inputs.shape is not None
         or inputs.extras
         or inputs.hooks
         or inputs.instruments is not None
