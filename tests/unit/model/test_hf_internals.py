@@ -104,7 +104,7 @@ def test_what_is_set_while_loading_is_set_back(setting: str | None, monkeypatch:
     bars = transformers_logging.is_progress_bar_enabled()
 
     def load_and_fail() -> None:
-        with loading._quiet_sequential_loading():
+        with loading.quiet_loading():
             assert os.environ[name] == "1"
             assert not transformers_logging.is_progress_bar_enabled()
             raise KeyError
@@ -119,7 +119,7 @@ def test_the_load_report_comes_from_the_logger_that_is_listened_to() -> None:
     model = tiny_model("llama", torch.float32)
     state = model.state_dict()
     del state["lm_head.weight"]
-    with loading._quiet_sequential_loading() as reports:
+    with loading.quiet_loading() as reports:
         LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=state)
     assert any("LOAD REPORT" in report and "lm_head.weight" in report for report in reports)
     assert not logging.getLogger("transformers.modeling_utils").filters

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lingualinked.errors import ArgumentError
 from lingualinked.model.adapters.adapter_data import AdaptedModule, Adapter, AdapterUse
 from lingualinked.model.adapters.stage_adapters import StageAdapters, find_base
-from lingualinked.model.cutting.cut import PassThrough
+from lingualinked.model.cutting.cut import Boundary, PassThrough
 
 CONFIG = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
 PATH = "model.layers.1.mlp.up_proj"
@@ -92,6 +92,6 @@ def test_what_another_stage_has_put_into_a_shared_layer_stays(model: Any) -> Non
     ],
 )
 def test_what_does_not_fit_is_refused(model: Any, path: str, tensors: list[torch.Tensor], reason: str) -> None:
-    model.lm_head = PassThrough()
+    model.lm_head = PassThrough(Boundary(), model.lm_head)
     with pytest.raises(ArgumentError, match=reason):
         StageAdapters(model, CPU).add(adapter(path=path), tensors)

@@ -25,6 +25,7 @@ from lingualinked.worker.measuring.probe import LinkProbes
 from lingualinked.worker.messaging.peers import Peers
 from lingualinked.worker.messaging.sender_check import SenderCheck, StaleMessageError
 from lingualinked.worker.stages.hosted_stages import HostedStages, StageKey
+from lingualinked.worker.steps.received_shortcuts import ReceivedShortcuts
 from message_examples import STEP, TYPES, example
 
 MODEL, OLD, NEW, STAGE, REQUEST = 7, 1, 2, 1, 7
@@ -34,6 +35,7 @@ PARTIES = {
     "caller": {Role.CALLER, Role.WORKER, Role.PREVIOUS},
     "previous": {Role.WORKER, Role.PREVIOUS},
     "next": {Role.WORKER},
+    "earlier": {Role.WORKER, Role.EARLIER},
     "runner": {Role.WORKER},  # of sessions in a run, whose first stage is elsewhere
     "source": {Role.WORKER, Role.KV_SOURCE},
     "target": {Role.WORKER, Role.KV_TARGET},
@@ -58,6 +60,7 @@ def roles() -> SenderCheck:
     for version in (OLD, NEW):
         hosted: Any = SimpleNamespace(previous_name="previous", stage=SimpleNamespace(start=2, end=4))
         hosted.runner_of = lambda _: "runner"
+        hosted.shortcuts = ReceivedShortcuts({0: "earlier"}, ["input_ids"])
         stages._stages[StageKey(MODEL, version, STAGE)] = hosted
     asked: Any = SimpleNamespace(last_asked="lender")
     stages._borrowed[REQUEST] = StageKey(MODEL, NEW, STAGE), asked
