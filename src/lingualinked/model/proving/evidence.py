@@ -61,7 +61,8 @@ def check_exact(config: PreTrainedConfig, spec: ModelSpec) -> None:
     trial = _read_trial(name)
     if trial is None:
         trial = try_cutting(config, spec)
-        write_cached(name, msgspec.json.encode(trial).decode())
+        if not trial.raised:  # memory may have been short
+            write_cached(name, msgspec.json.encode(trial).decode())
     if trial.difference:
         raise UncuttableModelError(
             spec.class_name,
@@ -94,7 +95,7 @@ def _proven() -> Proven:
 def _read_trial(name: str) -> Trial | None:
     try:
         return msgspec.json.decode(read_cached(name) or b"", type=Trial)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

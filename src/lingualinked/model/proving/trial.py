@@ -56,10 +56,13 @@ class Trial:
         ``"moved"``.
     difference : str
         What differed first, or the error; empty if nothing did.
+    raised : bool
+        Whether that is an error, whose cause may be this machine at that moment: memory or disk that is full.
     """
 
     exact: tuple[str, ...]
     difference: str = ""
+    raised: bool = False
 
 
 class InStages:
@@ -184,7 +187,7 @@ def _compare(model: SmallModel, *, per_layer: bool, watch: Callable[[SmallModel,
                 how = f"after layers moved, {_mode('one', found[0])} {found[1]}"
                 return Trial(exact=tuple(name for name, is_exact in exact.items() if is_exact), difference=how)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the result
-        return Trial(exact=(), difference=f"{type(error).__name__}: {error}")
+        return Trial(exact=(), difference=f"{type(error).__name__}: {error}", raised=True)
     return Trial(exact=(*(name for name, is_exact in exact.items() if is_exact), "moved"))
 
 

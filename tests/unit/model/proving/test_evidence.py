@@ -99,3 +99,33 @@ def test_where_nothing_can_be_kept_it_is_tried_again(
     check()
     check()
     assert len(tried) == 2
+
+
+def test_an_error_is_not_kept(nothing_proven: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is short once does not refuse a model for ever."""
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr(InStages, "move", fail)
+        with pytest.raises(UncuttableModelError, match="MemoryError"):
+            check()
+    check()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"[]", b"null", b'{"exact":1}', b'{"a":' * 100_000, b"[" * 100_000],
+    ids=lambda content: repr(content[:9]),
+)
+def test_a_file_that_is_no_trial_is_made_anew(
+    nothing_proven: None, monkeypatch: pytest.MonkeyPatch, cache: Path, content: bytes
+) -> None:
+    monkeypatch.setattr(evidence, "try_cutting", lambda *_: Trial(exact=("prefill",)))
+    check()
+    (file,) = cache.glob("trial-*")
+    expected = file.read_bytes()
+    file.write_bytes(content)
+    check()
+    assert file.read_bytes() == expected
