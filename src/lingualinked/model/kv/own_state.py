@@ -1,6 +1,6 @@
 """What a model keeps of one text in an object of its own class, which is no KV cache of transformers.
 
-The object holds what all layers keep; in a stage, only what its own layers keep there is of worth. Knows neither models nor stages.
+The object holds what all layers keep; in a stage, only what its own layers keep there counts. Knows neither models nor stages.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class StagePictures:
 
     @contextlib.contextmanager
     def checked(self, inputs: StageInputs) -> Iterator[None]:
-        """Refuse, in this context, that what became of pictures is used between layers of later stages, which lack it."""
+        """Raise, in this context, if later stages would need what became of pictures between their layers, since they lack it."""
         if not holds_pictures(inputs.extras) or self._end == self._num_layers:
             yield
             return

@@ -1,6 +1,6 @@
 """Branch and bound over the devices that make what skips stages: a shortcut's cost depends on both of its ends.
 
-Knows problems and shortcuts; how a problem with some makers is solved is told by the caller.
+Knows problems and shortcuts; the caller passes the function that solves a problem with some makers.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class EarlySteps:
         self._take((model, plan_version, session))
 
     def remove_lost(self, model: int) -> Iterator[tuple[Step, Delivery]]:
-        """Yield the steps of a model that wait for their session to move here, or whose stage is gone, and which do so no longer."""
+        """Yield the steps of a model whose session will not move here, or whose stage is gone; they wait no longer."""
         for key in [key for key in self._waiting if key[0] == model]:
             for step, delivery in self._take(key):
                 if self._stages.is_lost(StageKey(step.model, step.plan_version, step.stage), step.session):
