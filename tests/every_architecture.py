@@ -92,7 +92,7 @@ def describe_rows(rows: list[Row]) -> str:
         f"{rows[0].shortcut_bytes:,}" if rows[0].shortcut_bytes else "",
         f"{max(row.worst_ratio for row in tried):.2f}",
     ]
-    return "| " + " | ".join(each.replace("|", "/").replace("\n", " ") for each in cells) + " |"
+    return "| " + " | ".join(each.replace("|", "/").replace("\n", " ").replace("<", "&lt;") for each in cells) + " |"
 
 
 def is_exact(rows: list[Row]) -> bool:
