@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lingualinked.cluster.plans.route import Route
 from lingualinked.errors import ProtocolError, WorkerError
+from lingualinked.model.cutting.model_parts import OutputShape
 from lingualinked.model.spec import ModelSpec
 from lingualinked.model.stages.layer_skips import NO_SKIPS, LayerSkips
 from lingualinked.planning.planned_stage import PlannedStage
@@ -53,25 +54,32 @@ class RecordedSizes:
     dtype: torch.dtype
     width: int  # of hidden states
     last_width: int  # of those behind the last layer
-    num_heads: int
+    num_heads: int  # 0: the configuration does not say, or layers differ
     num_experts: int | None  # None: the configuration does not say
     has_windows: bool  # whether some layers attend to fewer tokens than there are
+    outputs: tuple[OutputShape, ...] = ()  # of layers, if they are of several kinds or not [rows, tokens, width]
+    compresses: bool = False  # whether layers attend to summaries of tokens beside the tokens
 
 
 @functools.lru_cache(maxsize=8)
 def recorded_sizes(spec: ModelSpec) -> RecordedSizes:
     """Read the sizes from a model's configuration, whose fields have other names in each family."""
     from lingualinked.model.cutting.architectures import read_config  # imports transformers
+    from lingualinked.model.hf_internals.computing import number_of_heads
 
     config = read_config(spec).get_text_config(decoder=True)
     windows = ("sliding_window", "attention_chunk_size")
+    outputs = () if spec.parts is None else tuple(each[0] for each in spec.parts.layer_outputs if each)
+    distinct = dict.fromkeys(dataclasses.replace(each, path="layer") for each in outputs if each.is_regular)
     return RecordedSizes(
         dtype=getattr(torch, spec.dtype),
         width=config.hidden_size,
         last_width=getattr(config, "word_embed_proj_dim", config.hidden_size),
-        num_heads=config.num_attention_heads,
+        num_heads=number_of_heads(config),
         num_experts=getattr(config, "num_local_experts", getattr(config, "num_experts", None)),
         has_windows=any(getattr(config, name, None) is not None for name in windows),
+        outputs=tuple(distinct),
+        compresses=any("compressed" in str(kind) for kind in getattr(config, "layer_types", None) or ()),
     )
 
 
@@ -142,9 +150,7 @@ class DueRecords:
         if name == "hidden_states":
             indices, selected = range(stage.start, stage.end + is_last), self.hidden_state_indices
             return layout == tuple(selected is None or index in selected for index in indices)
-        if name == "attentions":  # all, or none where the implementation of attention has none
-            return all(layout) and len(layout) in (0, stage.num_layers)
-        return all(layout) and len(layout) <= stage.num_layers  # some layers have no router
+        return all(layout) and len(layout) <= stage.num_layers  # some layers have no attention, or no router
 
     def _fits(self, name: str, tensor: Tensor, index: int, end: int) -> bool:
         """Say whether a tensor can be the item of this index; behind the span's last layer is that of the model."""
@@ -152,12 +158,17 @@ class DueRecords:
         if not self._has_due_dtype(name, tensor):
             return False
         if name == "hidden_states":
-            return tensor.shape == (rows, tokens, sizes.last_width if index == end else sizes.width)
+            if tensor.shape == (rows, tokens, sizes.last_width if index == end else sizes.width):
+                return True
+            return any(tensor.shape == each.sizes(rows, tokens) for each in sizes.outputs)
         if name == "attentions":
-            if tensor.ndim != 4 or tensor.shape[:3] != (rows, sizes.num_heads, tokens):
+            if not sizes.num_heads and tensor.shape[:2] == (rows, tokens) and tensor.ndim == 3:
+                return True  # of a model without heads, what stands for attention
+            heads = sizes.num_heads or tensor.shape[1:2].numel()
+            if tensor.ndim != 4 or tensor.shape[:3] != (rows, heads, tokens):
                 return False
-            num_kv = tensor.shape[3]
-            return num_kv == self.num_kv_tokens or (sizes.has_windows and 0 < num_kv <= self.longest_window)
+            num_kv, most = tensor.shape[3], self.longest_window * (2 if sizes.compresses else 1)
+            return num_kv == self.num_kv_tokens or (sizes.has_windows and 0 < num_kv <= most)
         leading = tensor.shape[:-1]
         return leading in ((rows, tokens), (rows * tokens,)) and sizes.num_experts in (None, tensor.shape[-1])
 
@@ -170,6 +181,7 @@ class DueRecords:
         yield self.sizes.dtype
         if self.inputs.is_floating_point():
             yield self.inputs.dtype
+        yield from (getattr(torch, each.dtype) for each in self.sizes.outputs)
         if name != "hidden_states":
             yield torch.float32  # in which some classes compute probabilities
 

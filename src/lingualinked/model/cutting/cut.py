@@ -29,6 +29,16 @@ class SpanLeft(Exception):  # noqa: N818 - it ends a forward pass and is not an 
     """The forward pass has reached the first layer after the span, or what follows the last layer if that is not needed."""
 
 
+class _LongerOutput(tuple[Any, ...]):
+    """What a stand-in returns of a layer: some classes look behind it, for what only layers of their own have recorded."""
+
+    __slots__ = ()
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an item, or None behind the last one."""
+        return None if isinstance(index, int) and index >= len(self) else super().__getitem__(index)
+
+
 class Boundary:
     """What enters and leaves a span during one forward pass, beside the arguments of the model."""
 
@@ -51,10 +61,14 @@ class Boundary:
 
     def filled(self, output: RawOutput | None, given: tuple[Any, ...]) -> Any:
         """Return a layer's output for a stand-in, with what is kept of the text, as it was given, where a layer returns it."""
-        if not self.keeps_own or not isinstance(output, tuple):
+        if not isinstance(output, tuple):
             return output
-        kept = iter([each for each in given if isinstance(each, list | tuple)])
-        return (output[0], *(next(kept, None) if item is None else item for item in output[1:]))
+        if self.keeps_own:
+            kept = iter([each for each in given if isinstance(each, list | tuple)])
+            filled: Any = (output[0], *(next(kept, None) if item is None else item for item in output[1:]))
+        else:
+            filled = output
+        return _LongerOutput(filled) if self.is_passed else filled
 
     def clear(self) -> None:
         """Drop all tensors, so that they can be freed between steps."""
@@ -256,7 +270,7 @@ def flatten_output(
     if isinstance(output, torch.Tensor):
         return (output,), None
     layout = tuple(
-        isinstance(item, torch.Tensor) and (index == 0 if used is None else used[index])
+        isinstance(item, torch.Tensor) and (index == 0 if used is None else index < len(used) and used[index])
         for index, item in enumerate(output)
     )
     assert layout[0]

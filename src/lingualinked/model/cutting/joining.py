@@ -57,7 +57,7 @@ def _copy_tree(model: PreTrainedModel, parts: ModelParts) -> PreTrainedModel:
     layers = (f"{parts.layers}.{index}" for index in range(parts.num_layers))
     paths = (*layers, *parts.prologue, *parts.epilogue, *parts.transmission.held)
     shared: list[object] = [model.get_submodule(path) for path in paths]
-    shared += [model.config, model.generation_config]
+    shared += [model.config, getattr(model, "generation_config", None)]  # classes that do not generate have none
     return copy.deepcopy(model, {id(each): each for each in shared})
 
 

@@ -5,11 +5,14 @@ Knows how transformers constructs; no weights, spans or stages.
 
 from __future__ import annotations
 
+import copy
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import activations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -53,8 +56,22 @@ def build_on_meta(
         if not all(parameter.is_meta for parameter in model.parameters()):  # made by old constructors of torch
             to_meta: Any = model.to
             to_meta("meta")
+    _own_modules(model)
     model.eval()
     return model
+
+
+def _own_modules(model: PreTrainedModel) -> None:
+    """Replace what a model shares with all others of the process by its own: some activations are made once, with their module."""
+    sources = [vars(sys.modules[cls.__module__]) for cls in type(model).__mro__ if cls.__module__ in sys.modules]
+    held = [value for source in (*sources, vars(activations)) for value in list(source.values())]
+    held += [value for each in held if isinstance(each, dict) for value in list(each.values())]
+    own = {id(each): each for each in held if isinstance(each, torch.nn.Module)}
+    copies: dict[int, torch.nn.Module] = {}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if id(child) in own:
+                module._modules[name] = copies.setdefault(id(child), copy.deepcopy(own[id(child)]))
 
 
 def decode_floats(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Knows transformers' calls and outputs; a pipeline runs the layers and holds the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import threading
@@ -15,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.model.cutting.tasks import GENERATION, task_of_class
 from lingualinked.model.hf_internals.building import mark_initialized, ties
@@ -23,7 +25,13 @@ from lingualinked.model.hf_internals.computing import balancing_loss
 from lingualinked.model.hf_internals.recording import recordable_outputs
 from lingualinked.sharded.adapters.model_adapters import Adapters
 from lingualinked.sharded.calling.inputs import LearnedPositions, StepShape, check_logits_to_keep, check_tensor
-from lingualinked.sharded.calling.outputs import IGNORED, LOSS_ARGUMENTS, output_class, returns_unrequested_cache
+from lingualinked.sharded.calling.outputs import (
+    IGNORED,
+    LOSS_ARGUMENTS,
+    calls_loss_function,
+    output_class,
+    returns_unrequested_cache,
+)
 from lingualinked.sharded.calling.pictures import FurtherArguments, PictureGeneration
 from lingualinked.sharded.calling.stepping import ShardedSteps
 from lingualinked.sharded.calling.task_models import ShardedTaskModel
@@ -63,6 +71,7 @@ class ShardedCausalLM(
         loss_function: Any
         _output_class: type[Any]
         router_aux_loss_coef: float
+        _real_class: Any
 
     def forward(
         self,
@@ -133,7 +142,9 @@ class ShardedCausalLM(
             if isinstance(value, Tensor):
                 loss_arguments[name] = check_tensor(name, value)
         step = self._check_step(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
-        keep = check_logits_to_keep(logits_to_keep)
+        records = tuple(each for each in step.records if each in self._output_class.__dataclass_fields__)
+        step = dataclasses.replace(step, records=records)  # a class without attention ignores that it is asked for some
+        keep = check_logits_to_keep(logits_to_keep) if "logits_to_keep" in self._own_arguments else 0
         targets = None if labels is None else self._check_labels(labels, step.shape, keep, loss_arguments)
         # 3) run the step in the session of the given KV cache, or in a new one
         asks_for_kv = self._asks_for_kv(use_cache)
@@ -159,6 +170,11 @@ class ShardedCausalLM(
 
     def _check_labels(self, labels: object, shape: StepShape, keep: int | Tensor, loss: dict[str, Any]) -> Tensor:
         """Check the labels, unless the user has set a loss function, which may take any."""
+        if not calls_loss_function(self._real_class):
+            raise UnsupportedOperationError(
+                f"labels of a sharded {self._real_class.__name__}, whose forward computes the loss in its own way: leave them out, and "
+                "compute it from the logits"
+            )
         targets = check_tensor("labels", labels)
         if self.loss_function is ForCausalLMLoss:
             shifted, ignored = loss.get("shift_labels"), loss.get("ignore_index", IGNORED)

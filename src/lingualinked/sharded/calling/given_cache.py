@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
-from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DummyLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.sharded.calling.cache import ShardedCache, ShardedDynamicCache, ShardedStaticCache, layer_lengths
@@ -72,6 +77,11 @@ def max_cache_len_of(given: GivenCache) -> int:
 
 
 def _check_static(given: StaticCache, config: PreTrainedConfig) -> None:
+    other = next((each for each in given.layers if type(each) not in (StaticLayer, StaticSlidingWindowLayer)), None)
+    if other is not None:
+        raise UnsupportedOperationError(
+            f"a static KV cache of a model whose layers keep a {type(other).__name__} is not possible here: leave cache_implementation out"
+        )
     try:
         lengths = layer_lengths(given)
     except TypeError:

@@ -6,6 +6,7 @@ Inspects classes without naming any; runs nothing with data.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -40,6 +41,22 @@ def output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
         kinds = tuple(names.get(name) for name in re.findall(r"\w+", annotation))
     named = (each for each in kinds if inspect.isclass(each) and issubclass(each, ModelOutput))
     return next(named, CausalLMOutputWithPast)
+
+
+@functools.cache
+def calls_loss_function(real: Any) -> bool:
+    """Return whether a class's ``forward`` leaves the loss to transformers' ``loss_function``, and has no code of its own for it."""
+    for cls in real.__mro__:
+        forward = inspect.unwrap(vars(cls).get("forward", None) or _no_forward)
+        if "loss_function" in forward.__code__.co_names:
+            return True
+        if forward is not _no_forward and "super" not in forward.__code__.co_names:
+            return False
+    return False
+
+
+def _no_forward() -> None:
+    """Stand for the forward pass of a class that has none of its own."""
 
 
 def base_output_class(real: type[PreTrainedModel]) -> type[ModelOutput]:
