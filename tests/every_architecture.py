@@ -109,7 +109,7 @@ def _reason(difference: str) -> str:
 def write(found: list[list[Row]]) -> None:
     """Write the table, and the list of proven types."""
     kept = msgspec.json.decode(PROVEN_FILE.read_bytes(), type=Proven)
-    proven = [rows[0].model_type for rows in found if not any(row.difference for row in rows)]
+    proven = [rows[0].model_type for rows in found if all("decode" in row.exact and not row.difference for row in rows)]
     head = (
         f"{sum(map(is_exact, found))} of {len(found)} types are exact, with transformers {transformers.__version__} and torch {torch.__version__}.\n\n"
         "| type | class | exact in | crosses boundaries beside hidden states | bytes per token and hop | bytes per token that skip stages "

@@ -9,14 +9,15 @@ from lingualinked.model.proving.trial import try_cutting
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of models that nobody else loads
 
-# Why a type is not exact, or is refused.
-NOT_EXACT = {"reformer": "two streams"}
+# Types that are refused, or differ, with the reason; "xlnet" can't be run by transformers itself in bfloat16.
+NOT_EXACT = {"minimax": "a cache of its own", "reformer": "two streams"}
+NOT_RUN = {("xlnet", "bfloat16")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("every_type", decoder_only_types())
 def test_cut_anywhere_is_exact(every_type: str, dtype: str) -> None:
-    if every_type in NOT_EXACT:
+    if every_type in NOT_EXACT or (every_type, dtype) in NOT_RUN:
         assert find_row(every_type, dtype).difference
         return
     config = default_config(every_type)
