@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import lingualinked as ll
@@ -50,6 +51,31 @@ def both(
     folder = save_tiny(request.param, torch.float32, tmp_path_factory.mktemp(request.param))
     with ll.ShardedModel.from_pretrained(folder, cluster=cluster, plan="even", progress=False) as sharded:
         yield reference(folder), sharded
+
+
+def test_a_saved_model_is_the_checkpoint(both: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    uncut, sharded = both
+    sharded.save_pretrained(tmp_path / "ours")
+    uncut.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / each / "model.safetensors") for each in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_attentions_of_generation_are_refused_by_name(both: tuple[PreTrainedModel, Any]) -> None:
+    with pytest.raises(UnsupportedOperationError, match="output_attentions"):
+        both[1].generate(TOKENS, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_plan_is_found_by_measuring_and_devices_can_be_left(family: str, cluster: ll.Cluster, tmp_path: Path) -> None:
+    folder = save_tiny(family, torch.float32, tmp_path)
+    with ll.ShardedModel.from_pretrained(folder, cluster=cluster, progress=False) as sharded:
+        device = sharded.plan.stages[0].device
+        sharded.release(device)
+        assert device not in {stage.device for stage in sharded.plan.stages}
+        arguments = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :3]}
+        assert torch.equal(call(sharded, **arguments).logits, call(reference(folder), **arguments).logits)
 
 
 def encode(model: Any, **arguments: Any) -> Any:

@@ -37,10 +37,13 @@ class OutputShape:
         num_rows, num_new = (sizes[place] for place in places if place is not None)
         return num_rows, num_new
 
-    def sizes(self, num_rows: int, num_new: int) -> tuple[int, ...]:
-        """Return the shape in a step."""
+    def sizes(self, num_rows: int, num_new: int, num_past: int = 0) -> tuple[int, ...]:
+        """Return the shape in a step behind `num_past` tokens, which count where "tokens" comes again: new ones by all."""
         known = {"rows": num_rows, "tokens": num_new}
-        return tuple(known[size] if isinstance(size, str) else size for size in self.shape)
+        sizes = [known[size] if isinstance(size, str) else size for size in self.shape]
+        for place in [place for place, size in enumerate(self.shape) if size == "tokens"][1:]:
+            sizes[place] += num_past
+        return tuple(sizes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

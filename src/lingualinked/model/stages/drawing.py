@@ -32,10 +32,10 @@ def draw_inputs(parts: ModelParts, start: int, end: int) -> StageInputs:
 
 
 def draw_states(
-    parts: ModelParts, start: int, num_rows: int, num_new: int, generator: torch.Generator
+    parts: ModelParts, start: int, num_rows: int, num_new: int, generator: torch.Generator, num_past: int = 0
 ) -> tuple[Tensor, ...]:
-    """Draw the output of the layer before `start`, of what crosses the boundary."""
-    return tuple(_draw(each, num_rows, num_new, generator) for each in parts.layer_outputs[start - 1])
+    """Draw the output of the layer before `start`, of what crosses the boundary, behind `num_past` tokens."""
+    return tuple(_draw(each, (num_rows, num_new, num_past), generator) for each in parts.layer_outputs[start - 1])
 
 
 def draw_shortcuts(
@@ -46,13 +46,13 @@ def draw_shortcuts(
     return {
         name: torch.zeros((num_rows, num_new), dtype=torch.int64)
         if name == INPUT_IDS
-        else _draw(shapes[name], num_rows, num_new, generator)
+        else _draw(shapes[name], (num_rows, num_new, 0), generator)
         for name in parts.shortcuts_to(start, end)
     }
 
 
-def _draw(output: OutputShape, num_rows: int, num_new: int, generator: torch.Generator) -> Tensor:
-    sizes, dtype = output.sizes(num_rows, num_new), getattr(torch, output.dtype)
+def _draw(output: OutputShape, step: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    sizes, dtype = output.sizes(*step), getattr(torch, output.dtype)
     if not dtype.is_floating_point:  # indices, of which 0 is always one
         return torch.zeros(sizes, dtype=dtype)
     return torch.randn(sizes, generator=generator).to(dtype)

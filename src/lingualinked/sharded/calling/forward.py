@@ -142,7 +142,8 @@ class ShardedCausalLM(
             if isinstance(value, Tensor):
                 loss_arguments[name] = check_tensor(name, value)
         step = self._check_step(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
-        records = tuple(each for each in step.records if each in self._output_class.__dataclass_fields__)
+        fields = self._output_class.__dataclass_fields__
+        records = tuple(each for each in step.records if each in fields)
         step = dataclasses.replace(step, records=records)  # a class without attention ignores that it is asked for some
         keep = check_logits_to_keep(logits_to_keep) if "logits_to_keep" in self._own_arguments else 0
         targets = None if labels is None else self._check_labels(labels, step.shape, keep, loss_arguments)
@@ -150,7 +151,8 @@ class ShardedCausalLM(
         asks_for_kv = self._asks_for_kv(use_cache)
         keeps_kv = step.past is not None or (asks_for_kv and self._cache_name is not None)
         result = self._run_step(step, keep=keep, use_cache=use_cache, keeps_kv=keeps_kv)
-        logits, recorded = result.output, result.recorded
+        logits = result.output
+        recorded = {name: each for name, each in result.recorded.items() if name in fields}
         # 4) compute the loss here, and return the class's own output
         loss = None
         if targets is not None:

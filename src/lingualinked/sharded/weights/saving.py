@@ -22,6 +22,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from lingualinked.errors import ArgumentError, UnsupportedOperationError
 from lingualinked.interrupts import interruptible
+from lingualinked.model.hf_internals.building import ties
 from lingualinked.model.hf_internals.saving import (
     dot_natural_key,
     remove_tied_weights_from_state_dict,
@@ -148,6 +149,10 @@ def _save_weights(model: Any, folder: Path, max_shard_size: int | str, variant: 
     ignored = model._keys_to_ignore_on_save or ()  # noqa: SLF001 - as transformers does it
     meta = {name: _meta(tensor) for name, tensor in remote.items() if name not in ignored}
     held = remove_tied_weights_from_state_dict(meta, model)
+    encoder = vars(model).get("_encoder_model")
+    tied = {} if encoder is None else ties(encoder)  # of which it has a tensor of its own here
+    for target in [target for target, source in tied.items() if {target, source} <= held.keys()]:
+        del held[target]
     convert = functools.partial(_as_published, model) if is_original else dict
     like = {name: _meta(tensor) for name, tensor in convert(held).items()}
     source_of = {saved: name for name, tensor in held.items() for saved in convert({name: tensor})}
@@ -172,7 +177,8 @@ def _save_weights(model: Any, folder: Path, max_shard_size: int | str, variant: 
             converted.clear()
             name = source_of[saved]
             tensor = remote[name]
-            data = model._pipeline.weights.read(model._parts, tensor.remote_name, tensor.shape, tensor.dtype)  # noqa: SLF001
+            owner = _owner_of(model, name)
+            data = owner._pipeline.weights.read(owner._parts, tensor.remote_name, tensor.shape, tensor.dtype)  # noqa: SLF001
             converted.update(convert({name: data}))
         return converted.pop(saved)
 
@@ -187,6 +193,13 @@ def _save_weights(model: Any, folder: Path, max_shard_size: int | str, variant: 
         }
         path = folder / _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
         write_whole_file(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _owner_of(model: Any, name: str) -> Any:
+    """Return the model whose stages hold a weight: of an encoder-decoder model, that of the encoder has those of its stack."""
+    encoder = vars(model).get("_encoder_model")
+    is_encoders = encoder is not None and name.startswith(f"{encoder._parts.layers.rpartition('.')[0]}.")  # noqa: SLF001
+    return encoder if is_encoders else model
 
 
 def _as_published(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

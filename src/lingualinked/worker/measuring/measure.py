@@ -236,7 +236,7 @@ class _TrialSession:
         if stage.is_first:
             states = (torch.randint(0, self._num_ids, (self._rows, num_new), generator=generator),)
         else:
-            states = draw_states(parts, start, self._rows, num_new, generator)
+            states = draw_states(parts, start, self._rows, num_new, generator, self.num_tokens)
         shortcuts = draw_shortcuts(parts, start, end, self._rows, num_new, generator)
         self.hosted.shortcuts.put(0, self._number, shortcuts)
         step = Step(
