@@ -18,6 +18,7 @@ from lingualinked.errors import UnsupportedOperationError
 from lingualinked.model.cutting.extras import used_arguments
 from lingualinked.model.cutting.parts import build_meta
 from lingualinked.model.hf_internals.encoding import ENCODED, encoder_arguments, holds_pictures
+from lingualinked.model.proving.evidence import is_proven_with_pictures
 from lingualinked.sharded.calling.inputs import check_tensor
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ class FurtherArguments:
 
     spec: ModelSpec
     names: frozenset[str]
+    takes_pictures: bool = True  # whether tests have shown that it is exact with pictures
 
     @classmethod
     def of(cls, meta: PreTrainedModel, spec: ModelSpec) -> FurtherArguments:
         """Return those of a model on the meta device."""
         kinds = meta.input_modalities
         sees_more = any(each != "text" for each in ((kinds,) if isinstance(kinds, str) else kinds))
-        return cls(spec, frozenset(inspect.signature(meta.forward).parameters) if sees_more else frozenset())
+        names = frozenset(inspect.signature(meta.forward).parameters) if sees_more else frozenset()
+        return cls(spec, names, is_proven_with_pictures(meta.config.model_type))
 
     def take(self, arguments: dict[str, Any], *, has_positions: bool) -> StepExtras | None:
         """Remove them from the arguments of a call; return what goes to which stage, or None if there are none."""
@@ -85,6 +88,11 @@ class FurtherArguments:
             raise UnsupportedOperationError(
                 "pictures for a sharded model that was loaded with towers=False, without what encodes them: load it with "
                 "towers=True"
+            )
+        if not self.takes_pictures and holds_pictures(found | ahead):
+            raise UnsupportedOperationError(
+                f"pictures for a sharded {self.spec.class_name} are not supported: no test has shown that it is exact with "
+                "them, with this version of transformers; its texts are"
             )
         given = {name: check_tensor(name, value) for name, value in (found | ahead).items()}
         if not given:

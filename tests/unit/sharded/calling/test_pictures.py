@@ -33,3 +33,10 @@ def test_pictures_without_a_tower_and_sound_are_refused_by_name() -> None:
     for towers in (True, False):
         with pytest.raises(UnsupportedOperationError, match="input_features"):
             further(towers=towers).take({"input_features": torch.zeros(1, 2, 3)}, has_positions=True)
+
+
+def test_pictures_that_no_test_has_shown_are_refused_by_name() -> None:
+    spec: Any = SimpleNamespace(towers=True, class_name="AriaForConditionalGeneration")
+    unshown = FurtherArguments(spec, NAMES, takes_pictures=False)
+    with pytest.raises(UnsupportedOperationError, match=r"AriaForConditionalGeneration .* no test has shown"):
+        unshown.take({"pixel_values": torch.zeros(1, 3, 4, 4)}, has_positions=True)
