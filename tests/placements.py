@@ -106,7 +106,7 @@ def with_transmission(
                 made_at=made_at,
                 used_at=tuple(used_at.tolist()),
                 send_s=send_s,
-                is_ids=index == 1 and made_at == 0,
+                shows_text=index == 1 and made_at == 0,
             )
         )
     shortcuts = Shortcuts(
@@ -191,7 +191,7 @@ def _shortcuts(
     for device, (start, end) in zip(chosen[1:], bounds[1:], strict=True):
         stage = {*range(start, end), *([problem.num_layers] if end == problem.num_layers else [])}
         wanted = [each for each in shortcuts.costs if each.made_at < start and stage.intersection(each.used_at)]
-        if any(each.is_ids for each in wanted) and not problem.may_be_first[device]:
+        if any(each.shows_text for each in wanted) and not problem.may_be_first[device]:
             return None
         makers = [(each, lying[each.made_at]) for each in wanted]
         sent += [((maker, device), float(each.send_s[maker, device])) for each, maker in makers if maker != device]

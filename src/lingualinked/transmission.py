@@ -70,6 +70,11 @@ class Shortcut:
         return self.name == INPUT_IDS
 
     @property
+    def shows_text(self) -> bool:
+        """Whether it is the token ids, or made of them before the first layer: an embedding shows which ids it is of."""
+        return not self.is_of_layer
+
+    @property
     def is_of_layer(self) -> bool:
         """Whether it is the hidden output of a layer."""
         return self.name.startswith("layer ")

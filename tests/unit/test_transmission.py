@@ -15,6 +15,7 @@ SKIP = Shortcut(name="layer 3", made_at=3, used_at=(5, 8), token_bytes=64)
 
 def test_a_shortcut_is_sent_to_stages_that_use_it_and_do_not_make_it() -> None:
     assert not EMBEDDING.is_ids
+    assert EMBEDDING.shows_text
     assert Shortcut(name="input_ids", made_at=0, used_at=(4,), token_bytes=8).is_ids
     assert SKIP.is_of_layer
     assert not EMBEDDING.is_of_layer

@@ -67,16 +67,16 @@ def check_trust(plan: Plan, devices: Iterable[Device], transmission: Transmissio
         if (
             transmission is not None
             and stage.device not in trusted
-            and _needs_ids(stage, plan.num_layers, transmission)
+            and _needs_text(stage, plan.num_layers, transmission)
         ):
             raise InfeasiblePlanError(
                 f"the plan puts layers [{stage.start}, {stage.end}) on device {stage.device!r}, which is not trusted: that stage needs "
-                f"token ids; put it on a trusted device"
+                f"token ids, or what is made of them before the layers; put it on a trusted device"
             )
 
 
-def _needs_ids(stage: PlannedStage, num_layers: int, transmission: Transmission) -> bool:
+def _needs_text(stage: PlannedStage, num_layers: int, transmission: Transmission) -> bool:
     return any(
-        shortcut.is_ids and shortcut.is_sent_to(stage.start, stage.end, num_layers)
+        shortcut.shows_text and shortcut.is_sent_to(stage.start, stage.end, num_layers)
         for shortcut in transmission.shortcuts
     )

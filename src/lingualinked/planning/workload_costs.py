@@ -161,7 +161,7 @@ class WorkloadCosts:
                 made_at=shortcut.made_at,
                 used_at=shortcut.used_at,
                 send_s=self._shortcut_s(shortcut.token_bytes),
-                is_ids=shortcut.is_ids,
+                shows_text=shortcut.shows_text,
             )
             for shortcut in shortcuts
         )

@@ -141,20 +141,19 @@ def test_where_a_part_does_not_fit_everywhere_its_output_is_sent() -> None:
         assert len(plan.stages) == 2
 
 
-def test_ids_stay_on_trusted_devices_and_outputs_of_parts_need_not() -> None:
+def test_what_shows_the_text_stays_on_trusted_devices_and_outputs_of_layers_need_not() -> None:
     mine = [ll.Device(name=name, trusted=True) for name in ("mine", "my other")]
     made = profile(*mine, ll.Device(name="theirs"), num_layers=12)
-    workload = ll.Workload(num_sessions=200)
-    sent = solve(with_shortcuts(made, PART), workload=workload)
-    assert not sent.held
-    assert any(stage.device == "theirs" for stage in sent.stages)
-    needed = solve(with_shortcuts(made, IDS), workload=workload)
-    assert all(stage.device != "theirs" for stage in needed.stages if stage.start <= 5 < stage.end)
     spans = [("mine", 0, 4), ("theirs", 4, 8), ("my other", 8, 12)]
-    plan = ll.Plan.from_spans(spans, profile=with_shortcuts(made, IDS))
-    with pytest.raises(ll.InfeasiblePlanError, match=r"layers \[4, 8\) on device 'theirs', which is not trusted"):
-        check_trust(plan, [each.device for each in made.devices], plan.measured.model.transmission)
-    check_trust(ll.Plan.from_spans(spans), [each.device for each in made.devices], Transmission(shortcuts=(PART,)))
+    for shortcut in (IDS, PART):
+        needed = solve(with_shortcuts(made, shortcut), workload=ll.Workload(num_sessions=200))
+        theirs = [range(stage.start, stage.end) for stage in needed.stages if stage.device == "theirs"]
+        assert not any(layer in span for span in theirs for layer in shortcut.used_at)
+        plan = ll.Plan.from_spans(spans, profile=with_shortcuts(made, shortcut))
+        with pytest.raises(ll.InfeasiblePlanError, match=r"layers \[4, 8\) on device 'theirs', which is not trusted"):
+            check_trust(plan, [each.device for each in made.devices], plan.measured.model.transmission)
+    output = dataclasses.replace(PART, name="layer 0", part_bytes=0)
+    check_trust(ll.Plan.from_spans(spans), [each.device for each in made.devices], Transmission(shortcuts=(output,)))
 
 
 @pytest.mark.parametrize("kind", ["even", "by_memory", "sum_objective"])

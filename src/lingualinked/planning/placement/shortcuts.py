@@ -27,14 +27,14 @@ class ShortcutCosts:
         The layers that use it; L stands for what runs after the last one.
     send_s : ndarray
         float64 ``[D, D]``, seconds of a mean step in which the link from its maker to a stage that uses it carries it.
-    is_ids : bool
-        Whether it is the token ids, which only devices may use that may be first.
+    shows_text : bool
+        Whether it is the token ids, or made of them before the layers, which only devices may use that may be first.
     """
 
     made_at: int
     used_at: tuple[int, ...]
     send_s: Floats
-    is_ids: bool = False
+    shows_text: bool = False
 
     def is_sent_to(self, start: int, end: int, num_layers: int) -> bool:
         """Return whether a stage of layers ``[start, end)`` uses it, and another one makes it."""
@@ -115,7 +115,7 @@ def tabulate(shortcuts: Shortcuts, num_layers: int, may_see_ids: Flags) -> Short
         is_forbidden=np.zeros((num_devices, size, size), dtype=bool),
     )
     for mask, each in zip(used, shortcuts.costs, strict=True):
-        if each.is_ids:
+        if each.shows_text:
             tables.is_forbidden[~may_see_ids] |= mask
     # 2) seconds, from whichever device may make them and is nearest
     for made_at, makers in shortcuts.makers.items():
