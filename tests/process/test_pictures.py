@@ -159,7 +159,7 @@ def test_layers_move_behind_the_prompt(case: Case) -> None:
     assert torch.equal(*said)
 
 
-def test_without_towers_pictures_are_refused(case: Case, shared_cluster: ll.Cluster) -> None:
+def test_without_towers_pictures_are_refused(case: Case, shared_cluster: ll.Cluster, tmp_path: Path) -> None:
     with load(case.path, shared_cluster, towers=False) as model:
         text = pictured(case.family, (0, 0))
         assert torch.equal(generate(model, **text), generate(case.whole, **text))
@@ -169,6 +169,8 @@ def test_without_towers_pictures_are_refused(case: Case, shared_cluster: ll.Clus
             generate(model, **inputs)
         with pytest.raises(UnsupportedOperationError, match="towers=False"):
             model(**inputs)
+        with pytest.raises(UnsupportedOperationError, match=r"save_pretrained\(\) of .* towers=False: no stage holds"):
+            model.save_pretrained(tmp_path)
 
 
 def test_what_is_not_possible_is_refused_by_name(case: Case) -> None:

@@ -144,6 +144,11 @@ def _save_weights(model: Any, folder: Path, max_shard_size: int | str, variant: 
             "save_pretrained() of a sharded model whose layers peft has wrapped: save the model of peft, which saves the adapter "
             "alone, or load the base model anew"
         )
+    if model._parts.dropped:  # noqa: SLF001
+        raise UnsupportedOperationError(
+            f"save_pretrained() of a sharded model that was loaded with towers=False: no stage holds {model._parts.dropped[0]}; load it "  # noqa: SLF001
+            "with towers=True"
+        )
     # 1) find, without data, what is saved under which names, and from which tensor of the model it is made
     remote = model.state_dict()
     ignored = model._keys_to_ignore_on_save or ()  # noqa: SLF001 - as transformers does it
