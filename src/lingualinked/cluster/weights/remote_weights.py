@@ -16,7 +16,7 @@ from torch import Tensor
 from lingualinked.cluster.messaging.engine import Engine
 from lingualinked.cluster.messaging.pending import result_of
 from lingualinked.cluster.plans.route import Route, Routes
-from lingualinked.errors import WorkerDiedError, WorkerError
+from lingualinked.errors import UnsupportedOperationError, WorkerDiedError, WorkerError
 from lingualinked.interrupts import interruptible
 from lingualinked.model.cutting.model_parts import ModelParts
 from lingualinked.protocol.reading import ReadTensor
@@ -36,7 +36,16 @@ class RemoteWeights:
 
     @interruptible
     def read(self, parts: ModelParts, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Read a tensor by its name in the whole model (of tied parameters, the source), into new CPU memory."""
+        """Read a tensor by its name in the whole model (of tied parameters, the source), into new CPU memory.
+
+        Raises UnsupportedOperationError for layers of a model whose first forward pass changes their weights: stages have
+        done that when they are loaded, and a checkpoint of such weights would be changed twice.
+        """
+        if parts.changes_weights and parts.layer_of(name) is not None:
+            raise UnsupportedOperationError(
+                f"{name} can't be read: the model's first forward pass has changed its layers' weights; read them from the "
+                "checkpoint"
+            )
         tensor = torch.empty(shape, dtype=dtype, device="cpu")
         flat = tensor.view(-1)
         if not flat.numel():
