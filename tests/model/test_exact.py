@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import accelerators
 from accelerators import embed
@@ -27,7 +28,7 @@ from conversations import (
     prompt,
     spec_of,
 )
-from families import FAMILIES, reference
+from families import FAMILIES, reference, tiny_config
 from lingualinked.model.stages.stage_data import StageInputs
 
 pytestmark = [pytest.mark.equality, pytest.mark.slow]
@@ -155,3 +156,14 @@ def test_only_hidden_states_cross_a_boundary(checkpoint: Checkpoint) -> None:
     output = stage.step(inputs, None)
     assert [tensor.shape for tensor in output.tensors] == [(1, 9, 32)]
     assert output.layout == (True, False)
+
+
+@pytest.mark.parametrize("head_dim", [6, 10, 18])
+def test_heads_of_any_size_are_exact(head_dim: int, tmp_path: Path) -> None:
+    torch.manual_seed(head_dim)
+    config = tiny_config("llama")
+    config.update({"head_dim": head_dim})
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    said = greedy(Whole(reference(tmp_path)), 24)
+    for num_stages in (1, 2):
+        assert_equal(greedy(Cut(load_stages(spec_of(tmp_path), num_stages, NUM_LAYERS)), 24), said)

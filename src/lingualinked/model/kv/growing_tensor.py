@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _GRANULE_TOKENS = 64
+_VECTOR_BYTES = 16
 
 
 class Growth:
@@ -104,7 +105,9 @@ class GrowingTensor:
         num_new = states.shape[2]
         self.extend(num_new, growth, expected)
         self._buffer.narrow(2, self._stop - num_new, num_new).copy_(states)
-        return self.view.contiguous() if self._buffer.is_cuda else self.view
+        # Heads of odd sizes lie elsewhere within a vector's width than if concatenated, and products sum them in another order.
+        is_aligned = self._buffer.shape[3] * self._buffer.element_size() % _VECTOR_BYTES == 0
+        return self.view if is_aligned and not self._buffer.is_cuda else self.view.contiguous()
 
     def extend(self, num_new: int, growth: Growth, expected: int) -> None:
         """Hold so many more tokens, which are still to be written."""
