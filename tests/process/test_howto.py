@@ -67,7 +67,7 @@ def test_a_page_runs(page: str, names: dict[str, Any], tmp_path: Path, monkeypat
 
 
 def test_pages_are_found_and_say_what_is_true() -> None:
-    assert len(NAMES) == 9
+    assert len(NAMES) == 10
     codes = {page: code_of(page) for page in NAMES}
     assert sum(code.count("assert bool(") for code in codes.values()) >= 20
     for code in codes.values():

@@ -5,6 +5,7 @@ Knows modules; no weights, checkpoints, caches or devices.
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lingualinked.model.hf_internals import building
 from lingualinked.quantities import count_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -50,6 +51,9 @@ class Boundary:
         self.shape = (1, 1)  # rows and new tokens of the step
         self.device = torch.device("cpu")
         self.keeps_own = False  # whether the model keeps an object of its own class, that layers get and return
+        self.answers = (
+            False  # whether stand-ins have the attributes of what they replace: only while a model's own code runs
+        )
         self.is_passed = False  # whether the forward pass goes on behind the span, to return what it has recorded
         self.is_end = False  # whether it ends with the last layer of the span, though the epilogue is here
 
@@ -70,8 +74,18 @@ class Boundary:
             filled = output
         return _LongerOutput(filled) if self.is_passed else filled
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Let stand-ins have the attributes of what they replace, within the context: to others they would seem to hold it."""
+        self.answers = True
+        try:
+            yield
+        finally:
+            self.answers = False
+
     def clear(self) -> None:
         """Drop all tensors, so that they can be freed between steps."""
+        self.answers = False
         self.incoming = self.outgoing = self.leaving = None
         self.shortcuts = {}
         self.is_passed = self.is_end = False
@@ -88,8 +102,8 @@ class StandIn(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            original = vars(self).get("_original")
-            if original is None or name.startswith("_"):
+            original, boundary = vars(self).get("_original"), vars(self).get("boundary")
+            if original is None or boundary is None or not boundary.answers or name.startswith("_"):
                 raise
             return getattr(original, name)
 
@@ -213,6 +227,7 @@ def cut_class(
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         cls.__init__(self, config, *args, **kwargs)
         prune(self, parts, start, end, boundary)
+        boundary.answers = True  # until the loader has initialised what is not in the checkpoint
 
     namespace = {
         "__init__": __init__,

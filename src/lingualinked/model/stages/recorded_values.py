@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lingualinked.model.hf_internals.recording import recordable_outputs
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lingualinked.model.stages.layer_order import SpanOrder
     from lingualinked.model.stages.stage_data import StageInputs
@@ -20,6 +22,7 @@ def values_of_span(
     span: tuple[int, int, int],
     inputs: StageInputs,
     order: SpanOrder | None,
+    model: nn.Module,
 ) -> tuple[Tensor | None, ...]:
     """Return what a forward pass recorded in a span ``(start, end, layers of the model)``, on the CPU.
 
@@ -35,8 +38,8 @@ def values_of_span(
         values = values[start : end + (has_one_more and is_last)]
     elif has_one_more and not is_last:
         values = values[:-1]
-    if has_one_more and order is not None and order.feeds_first and values:
-        values = (inputs.tensors[0], *values[1:])  # no layer is there to replay it: a class may have recorded the dummy
+    if has_one_more and order is not None and order.feeds_first and values and not recordable_outputs(model):
+        values = (inputs.tensors[0], *values[1:])  # no layer is there to replay it: the class has collected the dummy
     if has_one_more and selected is not None:
         values = tuple(value if start + index in selected else None for index, value in enumerate(values))
     return tuple(None if value is None else value.cpu() for value in values)

@@ -36,6 +36,8 @@ class StageShortcuts:
         self._needs_ids = INPUT_IDS in parts.shortcuts_to(start, end)
         self._gives_ids = any(each.is_ids for each in made)
         self._words: Any = model.get_input_embeddings()  # type: ignore[operator]
+        words: Tensor | None = getattr(self._words, "weight", None)
+        self._word_like = None if words is None else torch.empty((0, words.shape[-1]), dtype=words.dtype)
         self._modules: dict[str, nn.Module] = {
             each.name: layers[each.made_at] if each.is_of_layer else model.get_submodule(each.name)
             for each in made
@@ -54,8 +56,8 @@ class StageShortcuts:
         if INPUT_IDS in shortcuts:
             return {"input_ids": shortcuts[INPUT_IDS]}
         if self._needs_ids:  # the caller has given embeddings, as what asks for ids can tell
-            words = self._words.weight
-            zeros = torch.zeros((*shape, words.shape[-1]), dtype=words.dtype, device=states.device)
+            assert self._word_like is not None
+            zeros = self._word_like.new_zeros((*shape, self._word_like.shape[1])).to(states.device)
             return {"inputs_embeds": zeros}
         return {"input_ids": states.new_zeros(shape, dtype=torch.int64)}
 

@@ -79,7 +79,8 @@ class Stage:
             speed_up(self._model, layers, self.adapters.layers)
         self._layers = LayerList(layers)
         self._model.set_submodule(span.parts.layers, self._layers)
-        self._shortcuts = StageShortcuts(self._model, self._layers, span.parts, start, end)
+        with self._boundary.answering():
+            self._shortcuts = StageShortcuts(self._model, self._layers, span.parts, start, end)
         self.used_shortcuts = span.parts.shortcuts_to(start, end)
         self._items = span.parts.transmission.items
         self.layout_before = self._items[start - 1] if start else None  # of its inputs
@@ -301,7 +302,7 @@ class Stage:
                 outputs, layout = flatten_output(output_of(self._boundary, items), items)
             recorded = {
                 name: values_of_span(
-                    name, result.get(name) or (), (self.start, self.end, self.num_layers), inputs, order
+                    name, result.get(name) or (), (self.start, self.end, self.num_layers), inputs, order, self._model
                 )
                 for name in inputs.records
             }
@@ -366,6 +367,7 @@ class Stage:
         with (
             contextlib.nullcontext() if self._recorders is None or not inputs.records else self._recorders.attached(),
             building.GLOBAL_STATE,
+            self._boundary.answering(),
             torch_settings(settings),
             computing.computed_attention(exact_attention.attend),
             computing.computed_rotation(self._rotary_modules, faster_rotation),

@@ -119,6 +119,7 @@ def _load_from(
         dtype=dtype,
         attn_implementation=spec.attn_implementation,
     )
+    boundary.answers = False
     return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=tied, num_bytes_read=source.num_bytes_read)
 
 

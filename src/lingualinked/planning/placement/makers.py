@@ -80,7 +80,7 @@ def branch_over_makers(
                 if placement:
                     heapq.heappush(heap, (max(bound, bound_of_part), next(count), part, placement))
     least = min([open_bound, *(each[0] for each in heap)])
-    return best, min(value, least)
+    return best, float(min(value, least))
 
 
 def _farthest(problem: Problem, placement: Placement) -> int | None:

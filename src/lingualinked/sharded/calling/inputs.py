@@ -135,6 +135,7 @@ class StepShape:
     heads: int | None = None  # of attention, if known
     window: int | None = None  # tokens that the narrowest sliding layer sees; None without one
     max_cache_len: int = 0  # tokens per row that a static KV cache holds; 0: it grows
+    sees_pictures: bool = False  # whether the model's positions may have more dimensions
 
     def check_mask(self, value: object) -> Tensor | None:
         """Check an attention mask of two dimensions, or of four that broadcast, and return it on the CPU."""
@@ -169,13 +170,14 @@ class StepShape:
     def check_positions(self, value: object) -> Tensor | None:
         """Check position ids, whose last two dimensions may each be 1, and return them on the CPU.
 
-        Those of pictures have one more in front, for time, height and width.
+        Those of models that see pictures may have one more in front, for the text, time, height and width.
         """
         if value is None:
             return None
         positions = check_tensor("position_ids", value)
         sizes = positions.shape[-2:]
-        if positions.ndim not in (2, 3) or sizes[0] not in (1, self.rows) or sizes[1] not in (1, self.new):
+        has_due_dims = positions.ndim == 2 or (self.sees_pictures and positions.ndim == 3 and len(positions) in (3, 4))
+        if not has_due_dims or sizes[0] not in (1, self.rows) or sizes[1] not in (1, self.new):
             raise ArgumentError(
                 f"position_ids of shape {tuple(positions.shape)} must be {(self.rows, self.new)}; any dimension may be 1"
             )

@@ -160,6 +160,7 @@ class ShardedSteps:
             heads=number_of_heads(self.config.get_text_config()) or None,
             window=self._sliding_window,
             max_cache_len=0 if past is None else max_cache_len_of(past),
+            sees_pictures=bool(self._further.names),
         )
         mask = shape.check_mask(attention_mask)
         positions = shape.check_positions(position_ids)

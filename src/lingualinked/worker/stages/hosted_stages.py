@@ -133,7 +133,7 @@ class HostedStages:
                     shortcut_targets=request.shortcut_targets,
                     shortcut_sources=dict(request.shortcut_sources),
                 )
-                self._background.call_on_loop(functools.partial(self._put_in_service, key, hosted, on_loaded))
+                self._background.call_on_loop(functools.partial(self._put_in_service, key, hosted, on_loaded, on_error))
             finally:
                 self._borrowed.pop(request.request, None)
                 if files is not None:
@@ -341,11 +341,22 @@ class HostedStages:
     def _known_keys(self) -> set[StageKey]:
         return self._wanted | self._stages.keys()
 
-    def _put_in_service(self, key: StageKey, hosted: HostedStage, on_loaded: Callable[[Stage], None]) -> None:
-        if key in self._wanted:
+    def _put_in_service(
+        self,
+        key: StageKey,
+        hosted: HostedStage,
+        on_loaded: Callable[[Stage], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        if key not in self._wanted:
+            return
+        try:
             self.edited.renew(key.model, hosted.stage)  # what it shares with no other stage was loaded anew
-            self._stages[key] = hosted
-            on_loaded(hosted.stage)
+        except Exception as error:  # noqa: BLE001 - the caller, who waits for the stage, re-raises it
+            on_error(error)
+            return
+        self._stages[key] = hosted
+        on_loaded(hosted.stage)
 
     def _drop_stages(self, keys: set[StageKey]) -> None:
         self._wanted -= keys
