@@ -176,7 +176,7 @@ class StepShape:
             return None
         positions = check_tensor("position_ids", value)
         sizes = positions.shape[-2:]
-        has_due_dims = positions.ndim == 2 or (self.sees_pictures and positions.ndim == 3 and len(positions) in (3, 4))
+        has_due_dims = positions.ndim == 2 or (self.sees_pictures and positions.ndim == 3)
         if not has_due_dims or sizes[0] not in (1, self.rows) or sizes[1] not in (1, self.new):
             raise ArgumentError(
                 f"position_ids of shape {tuple(positions.shape)} must be {(self.rows, self.new)}; any dimension may be 1"
