@@ -51,9 +51,7 @@ class Boundary:
         self.shape = (1, 1)  # rows and new tokens of the step
         self.device = torch.device("cpu")
         self.keeps_own = False  # whether the model keeps an object of its own class, that layers get and return
-        self.answers = (
-            False  # whether stand-ins have the attributes of what they replace: only while a model's own code runs
-        )
+        self.answers = False  # whether stand-ins have the attributes of what they replace (`answering`)
         self.is_passed = False  # whether the forward pass goes on behind the span, to return what it has recorded
         self.is_end = False  # whether it ends with the last layer of the span, though the epilogue is here
 
@@ -76,7 +74,10 @@ class Boundary:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Let stand-ins have the attributes of what they replace, within the context: to others they would seem to hold it."""
+        """Let stand-ins have the attributes of what they replace, while the model's own code runs in the context.
+
+        To anything else they would seem to hold weights.
+        """
         self.answers = True
         try:
             yield
@@ -208,10 +209,9 @@ class AbsentPart(AbsentModule):
         if shortcut is not None:
             return shortcut
         sizes = self._output.sizes(*self.boundary.shape)
-        if (
-            "tokens" not in self._output.shape and args and isinstance(args[0], torch.Tensor)
-        ):  # such as an embedding of more than the text
-            sizes = (*args[0].shape, *sizes[args[0].ndim :])
+        first = args[0] if args else None
+        if "tokens" not in self._output.shape and isinstance(first, torch.Tensor):  # an embedding of more than the text
+            sizes = (*first.shape, *sizes[first.ndim :])
         return torch.zeros(sizes, dtype=self._dtype, device=self.boundary.device)
 
 
@@ -227,7 +227,6 @@ def cut_class(
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         cls.__init__(self, config, *args, **kwargs)
         prune(self, parts, start, end, boundary)
-        boundary.answers = True  # until the loader has initialised what is not in the checkpoint
 
     namespace = {
         "__init__": __init__,

@@ -140,8 +140,7 @@ class ModuleState:
         # 1) put the session's values in the places of the modules' own
         watches = is_first or self._num_later < _NUM_LATER_STEPS
         self._num_later += watches and not is_first
-        with torch.inference_mode(False):  # else no later change in place of the copies would be seen
-            before = self._see_all() if watches else {}
+        before = self._see_all() if watches else {}
         for name in kept.values.keys() - self._places.keys():  # seen in another stage
             self._places[name] = self._place_of(name)
         own = {name: place.get() for name, place in self._places.items()}
@@ -177,7 +176,8 @@ class ModuleState:
             )
 
     def _see_all(self) -> dict[str, _View]:
-        return {path: _View.of(module) for path, module in self._modules.items()}
+        with torch.inference_mode(False):  # else no later change in place of the copies would be seen
+            return {path: _View.of(module) for path, module in self._modules.items()}
 
     def _changes(self, before: dict[str, _View]) -> Iterator[tuple[str, _Place, _Seen]]:
         """Yield what has changed in modules since they were seen, as paths and places."""

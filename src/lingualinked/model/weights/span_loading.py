@@ -112,14 +112,14 @@ def _load_from(
     source.prepare(chosen.values())
     # 2) make transformers build the cut class and load them
     boundary = Boundary()
-    model = loading.load_model(
-        cut_class(type(whole), parts, start, end, boundary),
-        read_config(spec),
-        {name: LazyTensor(source, key, loaded) for name, key in chosen.items()},
-        dtype=dtype,
-        attn_implementation=spec.attn_implementation,
-    )
-    boundary.answers = False
+    with boundary.answering():  # the loader runs the class's initialisation of what is not in the checkpoint
+        model = loading.load_model(
+            cut_class(type(whole), parts, start, end, boundary),
+            read_config(spec),
+            {name: LazyTensor(source, key, loaded) for name, key in chosen.items()},
+            dtype=dtype,
+            attn_implementation=spec.attn_implementation,
+        )
     return LoadedSpan(model=model, boundary=boundary, parts=parts, tied=tied, num_bytes_read=source.num_bytes_read)
 
 
