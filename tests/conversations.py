@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel, StaticCache
 
 import accelerators
+from architectures import spec_of_config
 from families import VOCABULARY, tiny_config
 from lingualinked.cluster.steps.step_extras import StepExtras
 from lingualinked.model.cutting.architectures import check_architecture
@@ -21,6 +22,7 @@ from lingualinked.model.cutting.tasks import class_of_task
 from lingualinked.model.hf_internals.cache_arguments import cache_argument, supports_cache
 from lingualinked.model.process.torch_settings import TorchSettings
 from lingualinked.model.spec import ModelSpec
+from lingualinked.model.stages.chaining import run_chained
 from lingualinked.model.stages.stage import Stage
 from lingualinked.model.stages.stage_data import StageInputs
 from lingualinked.model.weights.checkpoint import resolve_dtype, resolve_files
@@ -46,14 +48,7 @@ def dummy_spec(family: str, dtype: str, **config_attributes: object) -> ModelSpe
     """Describe a tiny model of a family, of random weights that lie in no file."""
     config = tiny_config(family)
     config.update(config_attributes)
-    return ModelSpec(
-        class_name=check_architecture(config),
-        config_json=config.to_json_string(use_diff=False),
-        dtype=dtype,
-        attn_implementation=None,
-        load_format="dummy",
-        files=(),
-    )
+    return spec_of_config(config, dtype)
 
 
 def load_stages(spec: ModelSpec, num_stages: int, num_layers: int) -> list[Stage]:
@@ -145,27 +140,18 @@ class Cut:
         extras: StepExtras = NO_EXTRAS,
     ) -> Tensor:
         """Return the logits of new tokens, or an empty tensor; only a stage's output reaches the next one."""
-        tensors: tuple[Tensor, ...] = (tokens,)
-        layout = shape = None
-        made: dict[str, Tensor] = {}
-        for stage, cache in zip(self.stages, self.caches, strict=True):
-            inputs = StageInputs(
-                tensors=tensors,
-                layout=layout,
-                shape=shape,
-                shortcuts={name: made[name] for name in stage.used_shortcuts if name in made},
-                attention_mask=mask,
-                position_ids=positions,
-                logits_to_keep=keep,
-                wants_logits=wants_logits,
-                torch_settings=self.torch_settings,
-                extras={**self.source, **extras.for_all, **(extras.for_first if stage.is_first else {})},
-                picture_copies=extras.picture_copies,
-            )
-            output = stage.step(inputs, cache)
-            tensors, layout = tuple(tensor.clone().cpu() for tensor in output.tensors), output.layout
-            shape = output.shape
-            made |= {name: tensor.clone().cpu() for name, tensor in output.shortcuts.items()}
+        inputs = StageInputs(
+            tensors=(tokens,),
+            layout=None,
+            attention_mask=mask,
+            position_ids=positions,
+            logits_to_keep=keep,
+            wants_logits=wants_logits,
+            torch_settings=self.torch_settings,
+            extras={**self.source, **extras.for_all},
+            picture_copies=extras.picture_copies,
+        )
+        tensors = run_chained(self.stages, self.caches, inputs, extras.for_first)
         if not wants_logits:
             assert not tensors
             return torch.empty(0)

@@ -25,6 +25,7 @@ from lingualinked.model.proving.small_model import (
     positions_of,
     prompt,
 )
+from lingualinked.model.stages.chaining import run_chained
 from lingualinked.model.stages.stage import Stage
 from lingualinked.model.stages.stage_data import StageInputs
 from lingualinked.quantities import count_text
@@ -80,23 +81,15 @@ class InStages:
     def step(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return the logits of the new tokens, the last ones of `tokens` [rows, all tokens so far]."""
         past = self._num_seen if self._caches[0] is not None else 0
-        tensors: tuple[Tensor, ...] = (tokens[:, past:],)
-        layout = shape = None
-        made: dict[str, Tensor] = {}
-        for stage, cache in zip(self.stages, self._caches, strict=True):
-            inputs = StageInputs(
-                tensors=tensors,
-                layout=layout,
-                shape=shape,
-                shortcuts={name: made[name] for name in stage.used_shortcuts if name in made},
-                attention_mask=mask,
-                position_ids=positions_of(mask)[:, past:] if self._has_positions else None,
-            )
-            output = stage.step(inputs, cache)
-            tensors, layout, shape = tuple(each.clone() for each in output.tensors), output.layout, output.shape
-            made |= {name: each.clone() for name, each in output.shortcuts.items()}
+        inputs = StageInputs(
+            tensors=(tokens[:, past:],),
+            layout=None,
+            attention_mask=mask,
+            position_ids=positions_of(mask)[:, past:] if self._has_positions else None,
+        )
+        (logits,) = run_chained(self.stages, self._caches, inputs)
         self._num_seen = tokens.shape[1]
-        return tensors[0]
+        return logits
 
     def move(self, cut: Cut) -> None:
         """Cut elsewhere; layers and what they keep are handed over."""
